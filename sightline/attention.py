@@ -1,0 +1,297 @@
+"""The op: attention, and attention that says what it saw.
+
+This module holds the contract, the checks and the one place where "auto" is decided; the numbers are computed
+in `kernels/`. It knows nothing of layers and models.
+"""
+
+import math
+from functools import partial
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sightline.kernels import reference, sdpa, tiled
+from sightline.masks import Allowed, Mask
+from sightline.observation import Observation
+from sightline.shapes import ShapeError, shaped
+
+Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
+
+DENSE_SCORES = 2048 * 2048
+"""Up to this many scores a head, an O(queries x keys) mask or weight matrix is worth SDPA's speed."""
+
+
+class Choice(NamedTuple):
+    """Which implementation computes a call, and why."""
+
+    implementation: str
+    reason: str
+
+
+@shaped
+def attention(
+    query: Annotated[Tensor, "batch (heads) queries width"],
+    key: Annotated[Tensor, "batch (groups) keys width"],
+    value: Annotated[Tensor, "batch (groups) keys value_width"],
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Annotated[Tensor, "heads"] | None = None,
+    dropout: float = 0.0,
+    implementation: Implementation = "auto",
+) -> Annotated[Tensor, "batch (heads) queries value_width"]:
+    """Average `value` over keys, weighted by the softmax of query-key products.
+
+        output = softmax(scale * query @ key.T + bias) @ value
+
+    With fewer queries than keys, the queries are the newest; with `Causal()`, 2 queries and 5 keys:
+
+        # # # # .
+        # # # # #
+
+    Consecutive heads // groups heads share one group of keys and values. A query that may see no key gives
+    zeros, and no gradient. `scale` None means width ** -0.5. `softcap` c turns a scaled score s into
+    c * tanh(s / c). `sinks` are logits, one a head, that take weight and give no value. `dropout` drops weights
+    whenever it is above 0: pass 0.0 outside training. A bool tensor as mask is `Allowed(mask)`.
+
+    Raises:
+        ShapeError: axes of one name differ, or heads is not a multiple of groups.
+        ValueError: a float tensor as mask, or an implementation that cannot do what was asked; it says why.
+
+    Source: Vaswani et al. 2017, section 3.2.1; groups: Ainslie et al. 2023, section 2.2.
+
+    >>> import torch
+    >>> x = torch.eye(2)[None]
+    >>> attention(x, x, x, Mask(after=0))
+    tensor([[[1.0000, 0.0000],
+             [0.3302, 0.6698]]])
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention: dropout must be at least 0 and below 1, got {dropout}")
+    call = _prepare("attention", query, key, value, mask, scale, softcap, sinks)
+    query, key, value, recipe, number, _ = call
+    name = choose(
+        query,
+        key,
+        value,
+        recipe,
+        softcap=softcap,
+        sinks=sinks,
+        dropout=dropout,
+        implementation=implementation,
+    ).implementation
+    queries, keys = query.shape[-2], key.shape[-2]
+    options = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
+    if name == "tiled":
+        with torch.autocast(query.device.type, enabled=False):
+            output = tiled.attention(query, key, value, *_lazily(recipe, query, key), scale=number, **options)
+    elif name == "reference":
+        allowed, bias = recipe.dense(queries, keys, device=query.device, dtype=_exact(query))
+        with torch.autocast(query.device.type, enabled=False):
+            output, _, _ = reference.attention(query, key, value, allowed, bias, scale=number, **options)
+    else:
+        causal = _is_square_causal(recipe, queries, keys)
+        seen = Mask() if causal else recipe
+        allowed, bias = seen.dense(queries, keys, device=query.device, dtype=query.dtype)
+        output = sdpa.attention(query, key, value, allowed, bias, is_causal=causal, scale=scale, dropout=dropout)
+    return output.squeeze(1) if call.single_head else output
+
+
+@shaped
+def observe(
+    query: Annotated[Tensor, "batch (heads) queries width"],
+    key: Annotated[Tensor, "batch (groups) keys width"],
+    value: Annotated[Tensor, "batch (groups) keys value_width"],
+    mask: Mask | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Annotated[Tensor, "heads"] | None = None,
+    top: int = 8,
+    received: bool = True,
+    map_block: int = 64,
+    sink_keys: int = 4,
+    implementation: Implementation = "auto",
+) -> Observation:
+    """`attention()`, and what it saw: facts of every head and query in O(N) memory.
+
+    `top` is how many of the largest weights to keep a query, `map_block` the side of the squares that the pooled
+    map takes together; 0 switches either off. `sink_keys` is how many first keys count as the sink (four is what
+    Xiao et al. 2024 keep). Gradients flow through `output`; the facts carry none.
+
+    Raises:
+        ShapeError, ValueError: as `attention()`; a negative option; NaN in query, key or bias.
+
+    >>> import torch, sightline as sl
+    >>> x = torch.eye(3)[None]
+    >>> seen = observe(x, x, x, sl.Causal(), scale=9.0, top=1)
+    >>> seen.top_keys[..., 0]
+    tensor([[0, 1, 2]])
+    """
+    for option, number in (("top", top), ("map_block", map_block), ("sink_keys", sink_keys)):
+        if number < 0:
+            raise ValueError(f"observe: {option} must be 0 or more, got {number}")
+    call = _prepare("observe", query, key, value, mask, scale, softcap, sinks)
+    name = choose(
+        call.query, call.key, call.value, call.mask, softcap=softcap, sinks=sinks, observing=True,
+        implementation=implementation,
+    ).implementation  # fmt: skip
+    queries, keys = call.query.shape[-2], call.key.shape[-2]
+    options = {
+        "scale": call.scale, "softcap": softcap, "sinks": sinks,
+        "top": top, "received": received, "map_block": map_block, "sink_keys": sink_keys,
+    }  # fmt: skip
+    tensors = call.query, call.key, call.value
+    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        if name == "tiled":
+            facts = tiled.observe(*tensors, *_lazily(call.mask, call.query, call.key), **options)
+        else:
+            dense = call.mask.dense(queries, keys, device=call.query.device, dtype=_exact(call.query))
+            facts = reference.observe(*tensors, *dense, **options)
+    if facts["logsumexp"].isnan().any():
+        batch, head, row = facts["logsumexp"].isnan().nonzero()[0].tolist()
+        raise ValueError(
+            f"observe: the scores of query {row} (sequence {batch}, head {head}) are NaN; "
+            "query, key or bias holds NaN or infinity"
+        )
+    if call.single_head:
+        facts = {fact: tensor.squeeze(1) for fact, tensor in facts.items()}
+    output = facts.pop("output")
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*tensors, call.mask.bias, call.mask.slopes, sinks)
+    ):
+        output = attention(
+            query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, implementation=implementation
+        )
+    always = {fact: facts.pop(fact) for fact in ("logsumexp", "entropy", "distance", "sink")}
+    squeeze = (lambda t: t.squeeze(1)) if call.single_head else (lambda t: t)
+    return Observation(
+        output=output,
+        **always,
+        query=squeeze(call.query),
+        key=squeeze(call.key),
+        mask=call.mask,
+        scale=call.scale,
+        softcap=softcap,
+        facts=facts,
+    )
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    observing: bool = False,
+    implementation: Implementation = "auto",
+) -> Choice:
+    """The implementation of a call on (batch heads length width) tensors. `auto` is decided here and nowhere else.
+
+    Raises:
+        ValueError: the implementation asked for by name cannot compute this call; it says why.
+    """
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"unknown implementation {implementation!r}; expected one of {get_args(Implementation)}")
+    if implementation in ("cpu", "triton"):
+        raise ValueError(
+            f"implementation {implementation!r} is not part of this build; "
+            "use 'auto', or see `sightline doctor` for what is here"
+        )
+    if implementation == "sdpa":
+        if observing:
+            raise ValueError("implementation 'sdpa' cannot observe: PyTorch gives no weights; use 'tiled' or 'auto'")
+        if softcap is not None or sinks is not None:
+            raise ValueError("implementation 'sdpa' has neither softcap nor sinks; use 'tiled' or 'auto'")
+    if implementation != "auto":
+        return Choice(implementation, "asked for by name")
+    if observing:
+        return Choice("tiled", "says what it saw in O(N) memory on any device")
+    if softcap is not None or sinks is not None:
+        return Choice("tiled", "PyTorch's SDPA has neither softcap nor sinks")
+    queries, keys = query.shape[-2], key.shape[-2]
+    if queries * keys <= DENSE_SCORES:
+        return Choice("sdpa", f"the fastest here, and {queries} x {keys} scores a head are few")
+    if value.shape[-1] != query.shape[-1] or dropout:
+        return Choice("tiled", "SDPA would hold all weights: dropout, or values of another width than keys")
+    if mask.bias is not None and mask.bias.requires_grad:
+        return Choice("tiled", "SDPA would hold all weights: the bias takes a gradient")
+    square = _is_square_causal(mask, queries, keys)
+    given = any(t is not None and t.numel() >= queries * keys for t in (mask.allowed, mask.bias))
+    if not mask.is_positional or square or given:
+        return Choice("sdpa", "the fastest here, in O(N) memory beside what was given")
+    return Choice("tiled", f"SDPA would need the mask as {queries} x {keys} numbers")
+
+
+class _Call(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    scale: float
+    single_head: bool
+
+
+def _prepare(
+    where: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> _Call:
+    """The call with a heads axis, one dtype and a checked mask."""
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (query, key, value))
+        raise ValueError(f"{where}: query, key and value must have one dtype, got {dtypes}; convert with .to()")
+    if not query.is_floating_point():
+        raise ValueError(f"{where}: expected float tensors, got {query.dtype}; convert with .float()")
+    if not query.device == key.device == value.device:
+        raise ValueError(f"{where}: query is on {query.device}, key on {key.device}, value on {value.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{where}: softcap must be above 0, got {softcap}")
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"{where}: a {mask.dtype} tensor as mask means different things in different libraries; "
+                "use mask.bool() if nonzero means 'may attend', or Bias(mask) to add it to the scores"
+            )
+        mask = Allowed(mask)
+    mask = mask or Mask()
+    single_head = query.ndim == 3
+    if single_head:
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        mask = mask.with_heads()
+    batch, heads, queries, width = query.shape
+    if heads % key.shape[1]:
+        raise ShapeError(f"{where}: {heads} heads cannot share {key.shape[1]} groups; heads must be a multiple")
+    if key.shape[1] != value.shape[1]:
+        raise ShapeError(f"{where}: groups is {value.shape[1]} in value but {key.shape[1]} in key")
+    if not mask.is_empty:
+        mask.check(batch=batch, heads=heads, queries=queries, keys=key.shape[-2], device=query.device)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return _Call(query, key, value, mask, 1 / math.sqrt(width) if scale is None else scale, single_head)
+
+
+def _lazily(mask: Mask, query: Tensor, key: Tensor) -> tuple[tiled.Span, tiled.TileOf]:
+    """The mask as the two questions that a tiled kernel asks."""
+    sizes = {"queries": query.shape[-2], "keys": key.shape[-2]}
+    return partial(mask.span, **sizes), partial(mask.tile, **sizes, device=query.device, dtype=_exact(query))
+
+
+def _exact(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _is_square_causal(mask: Mask, queries: int, keys: int) -> bool:
+    """Nothing but `Causal()`, where SDPA's upper-left causal mask means the same."""
+    return queries == keys and mask.after == 0 and mask.before is None and mask.slopes is None and not mask.has_tensors

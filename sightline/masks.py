@@ -1,0 +1,287 @@
+"""Which query may attend to which key, and what is added to their score.
+
+A mask is a recipe of O(1) size, never a matrix: any tile of it can be computed on demand, and for a range of
+queries it says which span of keys can matter. True means "may attend". Knows nothing of kernels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sightline.shapes import ShapeError
+
+
+class Tile(NamedTuple):
+    """A window of a mask; None where it has nothing to say."""
+
+    allowed: Tensor | None
+    """bool, broadcastable to (batch heads queries keys)."""
+    bias: Tensor | None
+    """Added to the scaled scores, broadcastable likewise."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mask:
+    """What `Causal()`, `Window()` and the others fill in, and `&` merges field by field.
+
+    Query i of `queries` stands at position i + keys - queries: with fewer queries than keys, the queries are
+    the newest.
+
+    >>> print((Causal() & Window(before=2, after=0)).draw(queries=3, keys=5))
+    # # # . .
+    . # # # .
+    . . # # #
+    """
+
+    before: int | None = None
+    """A query sees at most this many keys before its own position."""
+    after: int | None = None
+    """A query sees at most this many keys after its own position."""
+    lengths: Tensor | None = None
+    """(batch): keys from this index on do not exist."""
+    allowed: Tensor | None = None
+    """bool, broadcastable to (batch heads queries keys)."""
+    bias: Tensor | None = None
+    """float, added to the scaled scores, broadcastable likewise."""
+    slopes: Tensor | None = None
+    """(heads): -slope * distance is added to the scaled scores."""
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """Attend where both masks allow it; biases and slopes add up."""
+        return Mask(
+            before=_least(self.before, other.before),
+            after=_least(self.after, other.after),
+            lengths=_merge(self.lengths, other.lengths, torch.minimum),
+            allowed=_merge(self.allowed, other.allowed, torch.logical_and),
+            bias=_merge(self.bias, other.bias, torch.add),
+            slopes=_merge(self.slopes, other.slopes, torch.add),
+        )
+
+    def __str__(self) -> str:
+        return self.draw(queries=8, keys=8)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is hidden and nothing is added."""
+        return not self.is_positional and not self.has_tensors
+
+    @property
+    def is_positional(self) -> bool:
+        """Something depends on where the query and the key stand."""
+        return self.before is not None or self.after is not None or self.slopes is not None
+
+    @property
+    def has_tensors(self) -> bool:
+        return self.lengths is not None or self.allowed is not None or self.bias is not None
+
+    def with_heads(self) -> "Mask":
+        """The mask of a call on (batch length width) tensors, for the same call with an axis of one head.
+
+        There, `allowed` and `bias` of three axes are (batch queries keys).
+        """
+        allowed, bias = (t.unsqueeze(1) if t is not None and t.ndim == 3 else t for t in (self.allowed, self.bias))
+        return replace(Mask(**vars(self)), allowed=allowed, bias=bias)
+
+    def span(self, first: int, last: int, *, queries: int, keys: int) -> tuple[int, int]:
+        """The keys [start, stop) that queries [first, last) can see by position; start == stop for none."""
+        offset = keys - queries
+        start = 0 if self.before is None else max(0, first + offset - self.before)
+        stop = keys if self.after is None else min(keys, last + offset + self.after)
+        return (start, stop) if start < stop else (0, 0)
+
+    def tile(
+        self,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        *,
+        queries: int,
+        keys: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tile:
+        """The mask for queries [rows) and keys [columns) of a call with so many queries and keys."""
+        first, last = rows[0] + keys - queries, rows[1] + keys - queries
+        start, stop = columns
+        allowed, bias = _cut(self.allowed, rows, columns), _cut(self.bias, rows, columns)
+        # The distances in the tile run from first - (stop - 1) to (last - 1) - start.
+        too_old = self.before is not None and last - 1 - start > self.before
+        too_new = self.after is not None and first - (stop - 1) < -self.after
+        if too_old or too_new or self.slopes is not None:
+            key = torch.arange(start, stop, device=device)
+            distance = torch.arange(first, last, device=device)[:, None] - key
+            if too_old and self.before is not None:
+                allowed = _merge(allowed, distance <= self.before, torch.logical_and)
+            if too_new and self.after is not None:
+                allowed = _merge(allowed, distance >= -self.after, torch.logical_and)
+            if self.slopes is not None:
+                bias = _merge(bias, -self.slopes.to(dtype)[:, None, None] * distance.abs().to(dtype), torch.add)
+        if self.lengths is not None:
+            exists = torch.arange(start, stop, device=device) < self.lengths[:, None, None, None]
+            allowed = _merge(allowed, exists, torch.logical_and)
+        return Tile(allowed, None if bias is None else bias.to(dtype))
+
+    def dense(
+        self,
+        queries: int,
+        keys: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tile:
+        """The whole mask as tensors: O(queries x keys) memory."""
+        device = device or torch.device("cpu")
+        return self.tile((0, queries), (0, keys), queries=queries, keys=keys, device=device, dtype=dtype)
+
+    def draw(self, *, queries: int, keys: int, batch: int = 0, head: int = 0) -> str:
+        """The mask as text: `#` may attend, `.` may not.
+
+        >>> print(Causal().draw(queries=2, keys=4))
+        # # # .
+        # # # #
+        """
+        allowed, bias = self.dense(queries, keys, dtype=torch.float64)
+        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+        if allowed is not None:
+            seen = seen & allowed.cpu()
+        if bias is not None:
+            seen = seen & (bias.cpu() > -math.inf)
+        picture = seen[min(batch, len(seen) - 1), min(head, seen.shape[1] - 1)]
+        return "\n".join(" ".join("#" if may else "." for may in row) for row in picture.tolist())
+
+    def check(self, *, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
+        """Raise ShapeError or ValueError where this mask cannot belong to such a call."""
+        full = {"batch": batch, "heads": heads, "queries": queries, "keys": keys}
+        for name in ("allowed", "bias"):
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.ndim not in (2, 4):
+                words = "(queries keys) or (batch heads queries keys)"
+                raise ShapeError(f"mask: {name} has {tensor.ndim} axes, {tuple(tensor.shape)}; expected {words}")
+            for axis, size in zip(tuple(full)[-tensor.ndim :], tensor.shape, strict=True):
+                if size not in (1, full[axis]):
+                    raise ShapeError(f"mask: {axis} is {size} in {name} but {full[axis]} in the call")
+        if self.lengths is not None and self.lengths.shape != (batch,):
+            raise ShapeError(f"mask: Padding has {len(self.lengths)} lengths but the call has batch {batch}")
+        if self.slopes is not None and self.slopes.shape != (heads,):
+            raise ShapeError(f"mask: ALiBi has {len(self.slopes)} slopes but the call has {heads} heads")
+        for name in ("lengths", "allowed", "bias", "slopes"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"mask: {name} is on {tensor.device} but query on {device}; move it there")
+
+
+class Causal(Mask):
+    """A query sees its own position and what came before it.
+
+    >>> print(Causal().draw(queries=3, keys=3))
+    # . .
+    # # .
+    # # #
+    """
+
+    def __init__(self) -> None:
+        super().__init__(after=0)
+
+
+class Window(Mask):
+    """A query sees `before` keys before its own position, its own, and `after` keys after it.
+
+    None means no limit on that side. `Window(before=2, after=0)` is the newest three keys, the query's own
+    included; other libraries call that a window of 2 or of 3, so the sides are named here.
+
+    >>> print(Window(before=1, after=1).draw(queries=3, keys=3))
+    # # .
+    # # #
+    . # #
+    """
+
+    def __init__(self, *, before: int | None, after: int | None) -> None:
+        for name, limit in (("before", before), ("after", after)):
+            if limit is not None and (not isinstance(limit, int) or limit < 0):
+                raise ValueError(f"Window: {name} must be a whole number of keys, 0 or more, or None; got {limit!r}")
+        super().__init__(before=before, after=after)
+
+
+class Padding(Mask):
+    """Sequence b has `lengths[b]` keys; the keys after them do not exist, for every query.
+
+    >>> print(Padding([2]).draw(queries=1, keys=4))
+    # # . .
+    """
+
+    def __init__(self, lengths: Tensor | Sequence[int]) -> None:
+        tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)
+        if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(
+                f"Padding: lengths must be whole numbers, one a sequence; got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        super().__init__(lengths=tensor)
+
+
+class Allowed(Mask):
+    """An explicit bool tensor, True where the query may attend; broadcastable to (batch heads queries keys)."""
+
+    def __init__(self, allowed: Tensor) -> None:
+        if allowed.dtype != torch.bool:
+            raise ValueError(
+                f"Allowed: expected a bool tensor, got {allowed.dtype}; "
+                "use .bool() if nonzero means 'may attend', or Bias(...) to add it to the scores"
+            )
+        super().__init__(allowed=allowed)
+
+
+class Bias(Mask):
+    """Numbers added to the scaled scores; broadcastable to (batch heads queries keys). -inf hides a key."""
+
+    def __init__(self, bias: Tensor) -> None:
+        if not bias.is_floating_point():
+            raise ValueError(f"Bias: expected a float tensor, got {bias.dtype}; use Allowed(...) for bool masks")
+        super().__init__(bias=bias)
+
+
+class ALiBi(Mask):
+    """Attention with linear biases: -slope * distance on every score, one slope a head.
+
+    For a power of two of heads the slopes are 2^(-8/heads), 2^(-16/heads), ...; for other numbers those of the
+    power of two below, and then every second one of the power of two above. Compose with `Causal()`.
+
+    Source: Press et al. 2022, section 3 and its reference code for other numbers of heads.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        if num_heads < 1:
+            raise ValueError(f"ALiBi: expected at least one head, got {num_heads}")
+        power = 2 ** (num_heads.bit_length() - 1)
+        slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+        slopes += [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * (num_heads - power), 2)]
+        super().__init__(slopes=torch.tensor(slopes))
+
+
+def _least(left: int | None, right: int | None) -> int | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return min(left, right)
+
+
+def _merge(left: Tensor | None, right: Tensor | None, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return combine(left, right)
+
+
+def _cut(tensor: Tensor | None, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor | None:
+    """The window of a broadcastable tensor; an axis of size 1 stays as it is."""
+    if tensor is None:
+        return None
+    if tensor.ndim == 2:
+        tensor = tensor[None, None]
+    if tensor.shape[-2] > 1:
+        tensor = tensor[..., rows[0] : rows[1], :]
+    if tensor.shape[-1] > 1:
+        tensor = tensor[..., columns[0] : columns[1]]
+    return tensor
