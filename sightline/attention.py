@@ -4,7 +4,6 @@ This module holds the contract, the checks and the one place where "auto" is dec
 in `kernels/`. It knows nothing of layers and models.
 """
 
-import math
 from functools import partial
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -18,8 +17,13 @@ from sightline.shapes import ShapeError, shaped
 
 Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
 
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
 DENSE_SCORES = 2048 * 2048
 """Up to this many scores a head, an O(queries x keys) mask or weight matrix is worth SDPA's speed."""
+
+
+NOTHING = Mask()
 
 
 class Choice(NamedTuple):
@@ -93,8 +97,9 @@ def attention(
             output, _, _ = reference.attention(query, key, value, allowed, bias, scale=number, **options)
     else:
         causal = _is_square_causal(recipe, queries, keys)
-        seen = Mask() if causal else recipe
-        allowed, bias = seen.dense(queries, keys, device=query.device, dtype=query.dtype)
+        allowed = bias = None
+        if not causal and not recipe.is_empty:
+            allowed, bias = recipe.dense(queries, keys, device=query.device, dtype=query.dtype)
         output = sdpa.attention(query, key, value, allowed, bias, is_causal=causal, scale=scale, dropout=dropout)
     return output.squeeze(1) if call.single_head else output
 
@@ -196,20 +201,8 @@ def choose(
     Raises:
         ValueError: the implementation asked for by name cannot compute this call; it says why.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"unknown implementation {implementation!r}; expected one of {get_args(Implementation)}")
-    if implementation in ("cpu", "triton"):
-        raise ValueError(
-            f"implementation {implementation!r} is not part of this build; "
-            "use 'auto', or see `sightline doctor` for what is here"
-        )
-    if implementation == "sdpa":
-        if observing:
-            raise ValueError("implementation 'sdpa' cannot observe: PyTorch gives no weights; use 'tiled' or 'auto'")
-        if softcap is not None or sinks is not None:
-            raise ValueError("implementation 'sdpa' has neither softcap nor sinks; use 'tiled' or 'auto'")
     if implementation != "auto":
-        return Choice(implementation, "asked for by name")
+        return _asked_for(implementation, observing, plain=softcap is None and sinks is None)
     if observing:
         return Choice("tiled", "says what it saw in O(N) memory on any device")
     if softcap is not None or sinks is not None:
@@ -226,6 +219,21 @@ def choose(
     if not mask.is_positional or square or given:
         return Choice("sdpa", "the fastest here, in O(N) memory beside what was given")
     return Choice("tiled", f"SDPA would need the mask as {queries} x {keys} numbers")
+
+
+def _asked_for(implementation: Implementation, observing: bool, *, plain: bool) -> Choice:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in ("cpu", "triton"):
+        raise ValueError(
+            f"implementation {implementation!r} is not part of this build; "
+            "use 'auto', or see `sightline doctor` for what is here"
+        )
+    if implementation == "sdpa" and observing:
+        raise ValueError("implementation 'sdpa' cannot observe: PyTorch gives no weights; use 'tiled' or 'auto'")
+    if implementation == "sdpa" and not plain:
+        raise ValueError("implementation 'sdpa' has neither softcap nor sinks; use 'tiled' or 'auto'")
+    return Choice(implementation, "asked for by name")
 
 
 class _Call(NamedTuple):
@@ -248,38 +256,46 @@ def _prepare(
     sinks: Tensor | None,
 ) -> _Call:
     """The call with a heads axis, one dtype and a checked mask."""
-    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+    device, dtype = query.device, query.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if key.dtype != dtype or value.dtype != dtype:
         dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (query, key, value))
         raise ValueError(f"{where}: query, key and value must have one dtype, got {dtypes}; convert with .to()")
-    if not query.is_floating_point():
-        raise ValueError(f"{where}: expected float tensors, got {query.dtype}; convert with .float()")
-    if not query.device == key.device == value.device:
-        raise ValueError(f"{where}: query is on {query.device}, key on {key.device}, value on {value.device}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{where}: expected float tensors, got {dtype}; convert with .float()")
+    if key.device != device or value.device != device:
+        raise ValueError(f"{where}: query is on {device}, key on {key.device}, value on {value.device}; move them")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{where}: softcap must be above 0, got {softcap}")
-    if isinstance(mask, Tensor):
-        if mask.dtype != torch.bool:
-            raise ValueError(
-                f"{where}: a {mask.dtype} tensor as mask means different things in different libraries; "
-                "use mask.bool() if nonzero means 'may attend', or Bias(mask) to add it to the scores"
-            )
-        mask = Allowed(mask)
-    mask = mask or Mask()
     single_head = query.ndim == 3
     if single_head:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        mask = mask.with_heads()
     batch, heads, queries, width = query.shape
-    if heads % key.shape[1]:
-        raise ShapeError(f"{where}: {heads} heads cannot share {key.shape[1]} groups; heads must be a multiple")
-    if key.shape[1] != value.shape[1]:
-        raise ShapeError(f"{where}: groups is {value.shape[1]} in value but {key.shape[1]} in key")
-    if not mask.is_empty:
-        mask.check(batch=batch, heads=heads, queries=queries, keys=key.shape[-2], device=query.device)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _Call(query, key, value, mask, 1 / math.sqrt(width) if scale is None else scale, single_head)
+    groups, keys = key.shape[1:3]
+    if heads != groups and (groups == 0 or heads % groups):
+        raise ShapeError(f"{where}: {heads} heads cannot share {groups} groups of keys; heads must be a multiple")
+    recipe = _recipe(where, mask)
+    if not recipe.is_empty:
+        recipe = recipe.with_heads() if single_head else recipe
+        recipe.check(batch=batch, heads=heads, queries=queries, keys=keys, device=device)
+    return _Call(query, key, value, recipe, width**-0.5 if scale is None else scale, single_head)
+
+
+def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:
+    if mask is None:
+        return NOTHING
+    if isinstance(mask, Mask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{where}: mask must be a Mask, a bool tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{where}: a {mask.dtype} tensor as mask means different things in different libraries; "
+            "use mask.bool() if nonzero means 'may attend', or Bias(mask) to add it to the scores"
+        )
+    return Allowed(mask)
 
 
 def _lazily(mask: Mask, query: Tensor, key: Tensor) -> tuple[tiled.Span, tiled.TileOf]:

@@ -49,8 +49,9 @@ def shaped(function: Function) -> Function:
     def checked(*args: Any, **kwargs: Any) -> Any:
         sizes: dict[str, int] = {}
         short: bool | None = None
+        given = len(args)
         for index, name, axes in plan:
-            tensor = args[index] if index < len(args) else kwargs.get(name)
+            tensor = args[index] if index < given else kwargs.get(name)
             if tensor is None:
                 continue
             if not isinstance(tensor, Tensor):
@@ -62,9 +63,8 @@ def shaped(function: Function) -> Function:
             if len(shape) != len(words):
                 raise _error(f"{name} has {len(shape)} axes, not {len(words)}", where, plan, args, kwargs, short)
             for axis, size in zip(words, shape, strict=True):
-                known = sizes.setdefault(axis, size)
-                if size != known:
-                    message = f"{axis} is {size} in {name} but {known} before it"
+                if size != sizes.setdefault(axis, size):
+                    message = f"{axis} is {size} in {name} but {sizes[axis]} before it"
                     raise _error(message, where, plan, args, kwargs, short)
         return function(*args, **kwargs)
 

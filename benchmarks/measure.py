@@ -1,0 +1,82 @@
+"""What the benchmarks share: interleaved medians, peak memory, and a report that names the machine."""
+
+import argparse
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import sightline
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of each side, run in turn so that a noisy neighbour hits all alike; one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    import resource  # not on Windows, where only this measurement is missing
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Report:
+    """Markdown, printed as it grows and written to results/DATE-NAME.md at the end."""
+
+    def __init__(self, title: str) -> None:
+        self.lines: list[str] = []
+        self.say(f"# {title}\n")
+        self.say(
+            f"{datetime.date.today()}, {processor()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}, "
+            f"torch {torch.__version__}, sightline {sightline.__version__}. Medians; the sides of a row take turns.\n"
+        )
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def table(self, *header: str) -> None:
+        self.say("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+
+    def row(self, *cells: object) -> None:
+        self.say("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+    def write(self, name: str) -> None:
+        file = RESULTS / f"{datetime.date.today()}-{name}.md"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+        print(f"\nwritten to {file}")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds a row (default: %(default)s)")
+    parser.add_argument("--save", action="store_true", help="write the report to benchmarks/results/")
+    return parser

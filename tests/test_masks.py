@@ -1,0 +1,107 @@
+"""Masks: drawings, composition, spans and tiles against the dense picture."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.shapes import ShapeError
+
+limits = st.none() | st.integers(0, 9)
+recipes = st.builds(
+    lambda before, after, lengths: Window(before=before, after=after) & (Padding(lengths) if lengths else Mask()),
+    limits,
+    limits,
+    st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=1),
+)
+
+
+def picture(mask: Mask, queries: int, keys: int) -> list[list[bool]]:
+    return [[cell == "#" for cell in line.split()] for line in mask.draw(queries=queries, keys=keys).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys", "expected"),
+    [
+        (Causal(), 2, 5, "# # # # .\n# # # # #"),
+        (Causal(), 3, 2, ". .\n# .\n# #"),
+        (Window(before=1, after=0), 3, 3, "# . .\n# # .\n. # #"),
+        (Window(before=0, after=None), 2, 3, ". # #\n. . #"),
+        (Padding([1]) & Causal(), 2, 2, "# .\n# ."),
+        (Allowed(torch.tensor([[True, False]])), 2, 2, "# .\n# ."),
+        (Bias(torch.tensor([[0.0, -torch.inf]])), 1, 2, "# ."),
+    ],
+)
+def test_drawings(mask, queries, keys, expected):
+    assert mask.draw(queries=queries, keys=keys) == expected
+
+
+def test_str_draws():
+    assert str(Causal()).splitlines()[0] == "# . . . . . . ."
+
+
+@given(recipes, st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_tile_is_a_cut_of_the_dense_mask_and_nothing_lies_outside_the_span(mask, queries, keys, data):
+    whole = torch.tensor(picture(mask, queries, keys))
+    first = data.draw(st.integers(0, queries - 1))
+    last = data.draw(st.integers(first + 1, queries))
+    start, stop = mask.span(first, last, queries=queries, keys=keys)
+    assert not whole[first:last, :start].any()
+    assert not whole[first:last, stop:].any()
+    tile = mask.tile(
+        (first, last), (start, stop), queries=queries, keys=keys, device=torch.device("cpu"), dtype=torch.float32
+    )
+    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool) if tile.allowed is None else tile.allowed
+    allowed = allowed.expand(1, 1, last - first, stop - start)[0, 0]
+    assert torch.equal(allowed, whole[first:last, start:stop])
+
+
+@given(recipes, recipes, st.integers(1, 9), st.integers(1, 9))
+def test_and_allows_what_both_allow_in_either_order(left, right, queries, keys):
+    one, other = (torch.tensor(picture(mask, queries, keys)) for mask in (left, right))
+    both = (one & other).tolist()
+    assert picture(left & right, queries, keys) == both == picture(right & left, queries, keys)
+
+
+def test_biases_and_slopes_add_up():
+    mask = Bias(torch.ones(2, 2)) & Bias(torch.full((2, 2), 2.0)) & ALiBi(1)
+    _, bias = mask.dense(2, 2, dtype=torch.float64)
+    slope = 2.0**-8
+    assert torch.equal(bias[0, 0], torch.tensor([[3.0, 3 - slope], [3 - slope, 3.0]], dtype=torch.float64))
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    assert ALiBi(8).slopes.tolist() == [2.0**-i for i in range(1, 9)]
+    assert ALiBi(3).slopes.tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Window(before=-1, after=0), "before must be a whole number of keys, 0 or more, or None; got -1"),
+        (lambda: Window(before=1.5, after=0), "got 1.5"),
+        (lambda: Padding(torch.ones(2)), "lengths must be whole numbers"),
+        (lambda: Allowed(torch.ones(2, 2)), "expected a bool tensor, got torch.float32; use .bool"),
+        (lambda: Bias(torch.ones(2, 2, dtype=torch.bool)), "expected a float tensor, got torch.bool; use Allowed"),
+        (lambda: ALiBi(0), "at least one head, got 0"),
+    ],
+)
+def test_what_cannot_be_a_mask_says_why(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Allowed(torch.ones(3, 4, dtype=torch.bool)), "queries is 3 in allowed but 2 in the call"),
+        (Bias(torch.ones(2, 5)), "keys is 5 in bias but 4 in the call"),
+        (Bias(torch.ones(3, 2, 4)), "bias has 3 axes"),
+        (Padding([1, 2, 3]), "3 lengths but the call has batch 2"),
+        (ALiBi(8), "8 slopes but the call has 1 heads"),
+    ],
+)
+def test_a_mask_of_another_call_is_refused(mask, message):
+    with pytest.raises(ShapeError, match=message):
+        mask.check(batch=2, heads=1, queries=2, keys=4, device=torch.device("cpu"))
