@@ -8,36 +8,16 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from measure import Report, arguments, interleaved, peak_bytes
+from measure import Report, arguments, peak_bytes
 
 import sightline as sl
+from sightline.bench import eager, interleaved
 
 LONG = 32768
 
 
 def draw(batch: int, heads: int, length: int, width: int, dtype: torch.dtype = torch.float32):
     return [torch.randn(batch, heads, length, width, dtype=dtype) for _ in range(3)]
-
-
-def eager(query, key, value):
-    """Weights held whole, and from them everything that observe() returns."""
-    queries, keys = query.shape[-2], key.shape[-2]
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(), -torch.inf)
-    weights = scores.softmax(-1)
-    distance = (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
-    blocks = weights.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64))
-    return (
-        weights @ value,
-        scores.logsumexp(-1),
-        torch.special.entr(weights).sum(-1),
-        weights.topk(8, -1),
-        (weights * distance).sum(-1),
-        weights[..., :4].sum(-1),
-        weights.sum(-2),
-        blocks.sum((-3, -1)),
-        blocks.amax((-3, -1)),
-    )
 
 
 def compare_with_sdpa(report: Report, rounds: int, *, quick: bool) -> None:

@@ -1,11 +1,8 @@
-"""What the benchmarks share: interleaved medians, peak memory, and a report that names the machine."""
+"""What the benchmarks share: peak memory, and a report that names the machine and its versions."""
 
 import argparse
 import datetime
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,18 +10,6 @@ import torch
 import sightline
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each side, run in turn so that a noisy neighbour hits all alike; one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def peak_bytes() -> int:

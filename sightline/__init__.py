@@ -1,9 +1,12 @@
-"""Transformers you can see through."""
+"""Transformers you can see through: train one on your text, write with it, and see where every head looks."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sightline.attention import attention as attention
 from sightline.attention import observe as observe
-from sightline.masks import Allowed as Allowed
 from sightline.masks import ALiBi as ALiBi
+from sightline.masks import Allowed as Allowed
 from sightline.masks import Bias as Bias
 from sightline.masks import Causal as Causal
 from sightline.masks import Mask as Mask
@@ -12,4 +15,73 @@ from sightline.masks import Window as Window
 from sightline.observation import Observation as Observation
 from sightline.shapes import ShapeError as ShapeError
 
+if TYPE_CHECKING:
+    from sightline.checkpoints import load as load
+    from sightline.checkpoints import save as save
+    from sightline.diagnosis import doctor as doctor
+    from sightline.evaluation import Evaluation as Evaluation
+    from sightline.evaluation import evaluate as evaluate
+    from sightline.generation import SampleConfig as SampleConfig
+    from sightline.generation import generate as generate
+    from sightline.inspection import Capture as Capture
+    from sightline.inspection import capture as capture
+    from sightline.layers import MultiHeadAttention as MultiHeadAttention
+    from sightline.layers import SelfAttention as SelfAttention
+    from sightline.models import Decoder as Decoder
+    from sightline.models import DecoderConfig as DecoderConfig
+    from sightline.positions import Learned as Learned
+    from sightline.positions import Rotary as Rotary
+    from sightline.positions import Sinusoidal as Sinusoidal
+    from sightline.positions import sinusoidal as sinusoidal
+    from sightline.tokenizers import Tokenizer as Tokenizer
+    from sightline.training import TrainConfig as TrainConfig
+    from sightline.training import train as train
+    from sightline.viewer.page import page as page
+    from sightline.viewer.plots import plot_heads as plot_heads
+    from sightline.viewer.plots import plot_positions as plot_positions
+    from sightline.viewer.plots import plot_weights as plot_weights
+
 __version__ = "0.1.0"
+
+# Imported when first asked for, so that `import sightline` costs little more than `import torch`.
+_LATER = {
+    "Capture": "inspection",
+    "Decoder": "models",
+    "DecoderConfig": "models",
+    "Evaluation": "evaluation",
+    "Learned": "positions",
+    "MultiHeadAttention": "layers",
+    "Rotary": "positions",
+    "SampleConfig": "generation",
+    "SelfAttention": "layers",
+    "Sinusoidal": "positions",
+    "Tokenizer": "tokenizers",
+    "TrainConfig": "training",
+    "capture": "inspection",
+    "doctor": "diagnosis",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "load": "checkpoints",
+    "page": "viewer.page",
+    "plot_heads": "viewer.plots",
+    "plot_positions": "viewer.plots",
+    "plot_weights": "viewer.plots",
+    "save": "checkpoints",
+    "sinusoidal": "positions",
+    "train": "training",
+}
+_NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "ShapeError", "Window"]
+
+__all__ = sorted([*_LATER, *_NOW, "attention", "observe"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'sightline' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"sightline.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

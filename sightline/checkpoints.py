@@ -1,0 +1,272 @@
+"""Models as folders of safetensors and JSON: `save`, `load`, and writing that is whole or not at all.
+
+A checkpoint is `model.safetensors`, `config.json` and, where the model has one, `tokenizer.json`.
+Nothing is pickled, so opening a stranger's checkpoint runs no code. Knows nothing about training.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sightline.models import Decoder, DecoderConfig
+from sightline.tokenizers import Tokenizer
+
+FORMAT = 1
+STEP_FOLDER = re.compile(r"step-\d+")
+TEMPORARY = ".writing-"
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+
+
+# --- Writing -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which takes the name `folder` only when it is complete and on disk.
+
+    Leaves nothing behind when the block fails or is interrupted.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written.
+    """
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            # safetensors makes files that only their owner may read; a checkpoint follows the umask.
+            file.chmod(temporary.stat().st_mode & 0o666)
+            _sync(file)
+        _sync(temporary)
+        temporary.replace(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as its own error.
+        raise ValueError(
+            f"expected to write {folder}, but: {error}; free some space or choose another folder "
+            "(what was saved there before is untouched)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replaces a text file by rename: a reader sees the old text or the new one, never a part."""
+    temporary = file.with_name(TEMPORARY + file.name)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        _sync(temporary)
+        temporary.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        raise ValueError(f"expected to write {file}, but: {error}; free some space or choose another folder") from error
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Writes a mapping as indented JSON."""
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps their entries itself.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(folder: Path, model: Decoder) -> None:
+    """Writes the files of a checkpoint into an existing folder."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors")
+    tokenizer = model.tokenizer
+    kind = None if tokenizer is None else tokenizer.kind
+    head = {"format": FORMAT, "model": "decoder", "tokenizer": kind}
+    write_json(folder / "config.json", {**head, **model.config.to_dict()})
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+
+
+def save(folder: str | Path, model: Decoder) -> Path:
+    """Saves a model and its tokenizer as a new folder of safetensors and JSON, whole or not at all.
+
+    Tied weights are stored once. Returns the folder.
+
+    Raises:
+        ValueError: the folder holds something already, or cannot be written.
+
+    >>> import tempfile
+    >>> from sightline.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(vocabulary=10, context=8, d_model=16, num_layers=1, num_heads=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load(save(folder + "/model", model))
+    >>> again.config == model.config
+    True
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"expected a new or empty folder, but {folder} holds something: choose another")
+    if folder.exists():
+        folder.rmdir()
+    with whole(folder) as temporary:
+        write_model(temporary, model)
+    return folder
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+def load(folder: str | Path) -> Decoder:
+    """Opens a checkpoint: a run's folder (its best step), one of its steps, or what `save` wrote.
+
+    The model comes back on the CPU, in evaluation mode, in the dtype of the file, with its tokenizer.
+
+    Raises:
+        ValueError: a file is missing, truncated or foreign; the line names the file and what is wrong.
+
+    Example: see `save`.
+    """
+    folder = step_folder(folder)
+    config, tokenizer = read_config(folder)
+    with torch.random.fork_rng(devices=[]):  # building a model draws numbers that are thrown away
+        model = Decoder(config)
+    model.tokenizer = tokenizer
+    load_weights(model, folder)
+    return model.eval()
+
+
+def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
+    """What a checkpoint's model is, without its weights: its config and its tokenizer."""
+    file = folder / "config.json"
+    data = read_json(file)
+    head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer")}
+    if head["format"] != FORMAT or head["model"] != "decoder":
+        raise ValueError(
+            f"expected {file} to say format {FORMAT} and model 'decoder', got {head['format']!r} and "
+            f"{head['model']!r}: it was written by another program or a newer version"
+        )
+    missing = [field.name for field in fields(DecoderConfig) if field.name not in data]
+    if missing:
+        raise ValueError(f"expected {file} to hold the key {missing[0]!r}, but it is missing")
+    try:
+        config = DecoderConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"in {file}: {error}") from error
+    if head["tokenizer"] is None:
+        return config, None
+    return config, _read_tokenizer(folder / "tokenizer.json", config.vocabulary)
+
+
+def load_weights(model: Decoder, folder: Path) -> None:
+    """Fills a model's parameters from `model.safetensors`, after checking every name and shape."""
+    file = folder / "model.safetensors"
+    stored = read_tensors(file)
+    own = _tensors(model)
+    for name in [*own, *stored]:
+        if name not in stored:
+            raise ValueError(f"expected {file} to hold the tensor {name}, but it is missing: {_FOREIGN}")
+        if name not in own:
+            raise ValueError(f"expected no tensor {name} in {file}: {_FOREIGN}")
+        if own[name].shape != stored[name].shape:
+            raise ValueError(
+                f"expected {name} in {file} to have the shape {tuple(own[name].shape)} that config.json "
+                f"asks for, but it has {tuple(stored[name].shape)}: {_FOREIGN}"
+            )
+    for name, tensor in own.items():
+        tensor.data = stored[name].to(tensor.device)
+
+
+_FOREIGN = "the file belongs to another model than config.json; copy both from the same checkpoint"
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file into memory that does not lean on the file."""
+    _expect_file(file)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected {file} to be a whole safetensors file, but: {error}; "
+            f"it holds {file.stat().st_size:,} bytes and was cut short or is of another format: copy it again"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object."""
+    _expect_file(file)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"expected {file} to be JSON, but: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"expected {file} to hold a JSON object, but it holds a {type(data).__name__}")
+    return data
+
+
+def step_folder(folder: str | Path) -> Path:
+    """The folder that holds the weights: for a run's folder its best step, else the folder itself."""
+    folder = Path(folder)
+    if folder.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"expected a folder with model.safetensors, got {folder}: a pickled file can run any program "
+            "when it is opened, so it is refused; save the weights as safetensors"
+        )
+    if not folder.exists():
+        raise ValueError(f"expected a checkpoint's folder, but {folder} does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"expected a checkpoint's folder, got the file {folder}: give {folder.parent}")
+    if (folder / "checkpoint.json").exists():
+        return folder / read_pointer(folder)["best"]
+    return folder
+
+
+def read_pointer(out: Path) -> dict[str, str]:
+    """Reads a run's checkpoint.json: the names of its best and its latest step."""
+    file = out / "checkpoint.json"
+    pointer = read_json(file)
+    for key in ("best", "latest"):
+        name = pointer.get(key)
+        if not isinstance(name, str) or not STEP_FOLDER.fullmatch(name):
+            raise ValueError(f"expected {key!r} in {file} to name a step such as 'step-100', got {name!r}")
+        if not (out / name).is_dir():
+            raise ValueError(f"expected the folder {out / name} that {file} names as {key}, but it is missing")
+    return pointer
+
+
+def _read_tokenizer(file: Path, vocabulary: int) -> Tokenizer:
+    _expect_file(file)
+    tokenizer = Tokenizer.load(file)
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"expected {file} to hold the {vocabulary} tokens that config.json asks for, got {len(tokenizer)}: "
+            "copy both from the same checkpoint"
+        )
+    return tokenizer
+
+
+def _expect_file(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"expected the file {file}, but it is missing: the checkpoint is not complete")
+
+
+def _tensors(model: Decoder) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; those that share one tensor once, under the first name."""
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors.setdefault(id(tensor), (name, tensor))
+    return dict(tensors.values())

@@ -1,0 +1,301 @@
+"""The command line: one function a command that parses, calls and prints. Knows how nothing is computed.
+
+A command's options are the fields of the dataclass that its work takes, so a default is written once. What only
+one command needs is imported there.
+"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from sightline.checkpoints import load
+from sightline.corpora import Errors, open_corpus
+from sightline.generation import SampleConfig
+from sightline.models import Decoder, DecoderConfig
+from sightline.schedule import TrainConfig
+from sightline.tokenizers import Kind
+from sightline.training import Preset
+
+SOURCE = "A file, a folder, - for standard input, 'embedded', or 'wikitext-2'."
+MODEL = "The folder of a run, or one of its steps."
+
+
+def demo(
+    out: Annotated[Path, arg(help="Where everything is written.")] = Path("sightline-demo"),
+) -> None:
+    """The first five minutes: train on an embedded text, compare, write, look. Nothing is downloaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sightline import demo as work
+    from sightline.progress import TrainProgress
+
+    out = _free(out)
+    console = Console(highlight=False)
+    console.print("[bold]1. Training[/bold] on the language documentation inside this Python, for 2.5 minutes at most")
+    with TrainProgress() as progress:
+        lesson = work.learn(out, progress)
+    console.print("\n[bold]2. What it learned[/bold], on the tenth of the text that it never trained on")
+    table = Table("bits per byte", "", box=None, pad_edge=False, padding=(0, 2))
+    for name, evaluation in (
+        ("the model before training", lesson.result.start),
+        ("counting tokens (unigram)", lesson.unigram),
+        ("counting pairs (bigram)", lesson.bigram),
+        (f"the model at step {lesson.result.best_step:,}", lesson.result.best),
+    ):
+        table.add_row(f"{evaluation.bits_per_byte:.3f}", name)
+    console.print(table)
+    console.print("\n[bold]3. Writing[/bold] 100 words at temperature 0.8\n")
+    _stream(work.PROMPT, work.write(out))
+    console.print("\n[bold]4. Looking[/bold] at every head of every layer")
+    for file in work.look(out):
+        console.print(f"  {file}", soft_wrap=True)
+    console.print(
+        f'\nTry next:\n  sightline generate --model {out} "Class definitions"\n'
+        f"  sightline look --model {out} --text README.md\n"
+        f"  sightline train YOUR.txt --out my-model",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _changes(config: type, *, without: str) -> type:
+    """A dataclass with the fields of `config`, each None unless given, and the same help."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {
+        field.target.id: doc.value.value
+        for field, doc in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+    fields = [
+        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: the preset's.")], None)  # pyright: ignore
+        for field in dataclasses.fields(config)
+        if field.name != without
+    ]
+    return dataclasses.make_dataclass("Shape", fields, frozen=True, kw_only=True)
+
+
+Shape: Any = _changes(DecoderConfig, without="vocabulary")
+
+
+def train(
+    source: Annotated[Positional[str], arg(help=SOURCE)],
+    out: Annotated[Path, arg(help="The folder of the run.")],
+    preset: Annotated[Preset, arg(help="modern: Qwen3's architecture; classic: the 2017 paper's.")] = "modern",
+    model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008 (frozen)
+    tokenizer: Annotated[Kind | None, arg(help="None: words for WikiText's format, else bpe.")] = None,
+    vocabulary: Annotated[int | None, arg(help="Tokens at most. None: by the amount of text.")] = None,
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 (frozen)
+    errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
+    cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
+    resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
+    download: Annotated[bool, arg(help="Fetch the named corpus first; says what and from where.")] = False,
+) -> None:
+    """Train a Transformer on text, keeping its best and its latest step in a folder."""
+    from sightline import training
+    from sightline.progress import TrainProgress
+
+    if download:
+        _download(source)
+    changes = {name: value for name, value in vars(model).items() if value is not None}
+    with TrainProgress() as progress:
+        result = training.train(
+            source,
+            out,
+            preset=preset,
+            model=changes,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            config=config,
+            cache=cache,
+            errors=errors,
+            resume=resume,
+            listener=progress,
+        )
+    print(f"best at step {result.best_step:,}: {result.best}")
+    print(f'next: sightline generate --model {out} "Some words to start with"')
+
+
+def evaluate(
+    source: Annotated[Positional[str], arg(help=SOURCE)],
+    model: Annotated[Path, arg(help=MODEL)],
+    split: Annotated[Literal["train", "valid", "test"], arg(help="Which part of the text.")] = "valid",
+    context: Annotated[int | None, arg(help="Tokens in a window. None: the model's context.")] = None,
+    errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
+    cache: Annotated[Path | None, arg(help="Folder for token files. None: beside the model.")] = None,
+) -> None:
+    """Score a model on text: loss, perplexity, bits per byte."""
+    from sightline.batches import tokenize
+    from sightline.evaluation import evaluate
+
+    decoder = _load(model)
+    assert decoder.tokenizer is not None
+    corpus = open_corpus(source, errors=errors)
+    if split not in corpus.splits:
+        raise ValueError(f"{corpus.name} has no {split} split; choose --split {' or '.join(corpus.splits)}")
+    data = tokenize(corpus, decoder.tokenizer, model / "tokens" if cache is None else cache)
+    print(f"{corpus.name}, {split}: {evaluate(decoder, getattr(data, split), context=context)}")
+
+
+def generate(
+    model: Annotated[Path, arg(help=MODEL)],
+    prompt: Annotated[Positional[str], arg(help="What the text starts with.")] = "",
+    config: OmitArgPrefixes[SampleConfig] = SampleConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Write, word by word, from a prompt."""
+    from sightline import generation
+
+    _stream(prompt, generation.generate(_load(model), prompt, config))
+
+
+def look(
+    model: Annotated[Path, arg(help=MODEL)],
+    text: Annotated[Path, arg(help="A file to look at the beginning of; - for standard input.")],
+    out: Annotated[Path, arg(help="The page to write.")] = Path("attention.html"),
+    tokens: Annotated[
+        int | None, arg(help="How many tokens. None: as many as the model's context and a page hold.")
+    ] = None,
+    layers: Annotated[tuple[int, ...] | None, arg(help="Which layers. None: all.")] = None,
+) -> None:
+    """Write a page that shows where every head looks; it opens in a browser, from disk."""
+    from sightline.inspection import capture
+    from sightline.viewer.page import MOST_TOKENS, page
+
+    decoder = _load(model)
+    assert decoder.tokenizer is not None
+    words = sys.stdin.read() if str(text) == "-" else text.read_text(encoding="utf-8")
+    most = min(decoder.config.context, MOST_TOKENS)
+    if tokens is not None and not 1 <= tokens <= most:
+        raise ValueError(f"--tokens must be from 1 to {most}, what the model's context and a page hold; got {tokens}")
+    ids = decoder.tokenizer.encode(words)
+    kept = ids[: most if tokens is None else tokens]
+    file = page(capture(decoder, kept, layers=layers, map_block=max(1, len(kept) // 32)), out)
+    print(f"{file}: the first {len(kept):,} of {len(ids):,} tokens; open it in a browser")
+
+
+def bench() -> None:
+    """Time attention and observe beside PyTorch on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sightline.bench import timings
+
+    console = Console(highlight=False)
+    console.print("Batch 1, 8 heads, width 64, causal, float32; medians in milliseconds; observe keeps every fact.")
+    table = Table("tokens", "PyTorch SDPA", "attention", "observe", "eager with the same facts", box=None)
+    for timing in timings():
+        cells = (timing.sdpa, timing.attention, timing.observe, timing.eager)
+        table.add_row(f"{timing.length:,}", *("too large" if s is None else f"{s * 1e3:.1f}" for s in cells))
+    console.print(table)
+
+
+def doctor() -> None:
+    """Tell versions, CPU features, and which implementation is taken for which call, and why."""
+    from sightline import diagnosis
+
+    print(diagnosis.doctor())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (demo, train, generate, evaluate, look, bench, doctor)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it went well, 2 for a mistake that a line explains, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        from sightline import __version__
+
+        print(f"sightline {__version__}")
+        return 0
+    if name not in COMMANDS:
+        return _fail("sightline", f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _note
+        try:
+            tyro.cli(COMMANDS[name], args=arguments[1:], prog=f"sightline {name}")
+        except KeyboardInterrupt as stop:
+            return _fail(f"sightline {name}", str(stop) or "stopped", code=130)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone: nobody is left to tell
+            return 1
+        except (ValueError, OSError) as error:
+            return _fail(f"sightline {name}", str(error))
+    return 0
+
+
+def _usage() -> str:
+    lines = [
+        "sightline: train a Transformer on your text, write with it, see where every head looks.",
+        "",
+        "usage: sightline COMMAND ...        sightline COMMAND --help tells its options",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _load(folder: Path) -> Decoder:
+    model = load(folder)
+    if model.tokenizer is None:
+        raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text; save it with model.tokenizer set")
+    return model
+
+
+def _download(source: str) -> None:
+    from sightline.downloads import DOWNLOADS, cache_folder, download
+
+    if source not in DOWNLOADS:
+        raise ValueError(f"--download fetches {' or '.join(DOWNLOADS)}, not {source!r}; drop it for a text of your own")
+    print(f"fetching {DOWNLOADS[source]}", file=sys.stderr)
+    download(source, cache_folder())
+
+
+def _stream(prompt: str, pieces: Any) -> None:
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _free(out: Path) -> Path:
+    """`out`, or the first of out-2, out-3, ... where something is already: a demo never overwrites."""
+    number = 2
+    free = out
+    while free.exists():
+        free, number = out.with_name(f"{out.name}-{number}"), number + 1
+    return free
+
+
+def _note(message: Warning | str, *_: object) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _fail(where: str, message: str, code: int = 2) -> int:
+    print(f"{where}: {message}", file=sys.stderr)
+    return code
+
+
+def entry() -> None:
+    """The `sightline` program."""
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What this machine offers, and what `auto` would take for which call, and why. Changes nothing."""
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from sightline.attention import Choice, choose
+from sightline.masks import ALiBi, Causal, Mask, Padding, Window
+from sightline.schedule import has_bfloat16
+
+LIBRARIES = ("sightline", "torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `doctor()` found."""
+
+    machine: dict[str, str]
+    """Versions and features by name."""
+    choices: dict[str, Choice]
+    """What `auto` takes, and why, by the description of a call: 8 heads of width 64, float32, on the CPU."""
+
+    def __str__(self) -> str:
+        widest = max(map(len, (*self.machine, *self.choices)))
+        facts = [f"{name:<{widest}}  {fact}" for name, fact in self.machine.items()]
+        taken = [f"{call:<{widest}}  {name:<9}  {reason}" for call, (name, reason) in self.choices.items()]
+        return "\n".join([*facts, "", f"{'call':<{widest}}  {'auto takes':<9} because", *taken])
+
+
+def doctor() -> Diagnosis:
+    """Look at the machine, and ask `auto` about typical calls.
+
+    >>> doctor().choices["observe, any length"].implementation
+    'tiled'
+    """
+    return Diagnosis(machine=_machine(), choices=_choices())
+
+
+def _machine() -> dict[str, str]:
+    facts = {"python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})"}
+    facts |= {name: _version(name) for name in LIBRARIES}
+    facts["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch"
+    facts["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
+    native = "in hardware" if has_bfloat16(torch.device("cpu")) else "emulated: training takes float32"
+    facts["bfloat16 on the CPU"] = native
+    facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    return facts
+
+
+def _choices() -> dict[str, Choice]:
+    calls: dict[str, tuple[int, int, Mask, dict[str, float]]] = {
+        "attention, 512 tokens, causal": (512, 512, Causal(), {}),
+        "attention, 32,768 tokens, causal": (32768, 32768, Causal(), {}),
+        "attention, 32,768 tokens, padded": (32768, 32768, Padding([32768]), {}),
+        "attention, 2,048 tokens, window": (2048, 2048, Window(before=255, after=0), {}),
+        "attention, 32,768 tokens, window": (32768, 32768, Window(before=255, after=0), {}),
+        "attention, 32,768 tokens, ALiBi": (32768, 32768, ALiBi(8) & Causal(), {}),
+        "attention, 32,768 tokens, dropout": (32768, 32768, Causal(), {"dropout": 0.1}),
+        "attention, 32,768 tokens, soft cap": (32768, 32768, Causal(), {"softcap": 50.0}),
+        "decoding, 1 query, 8,192 keys": (1, 8192, Causal(), {}),
+        "observe, any length": (32768, 32768, Causal(), {"observing": True}),
+    }
+    return {name: _choose(*call) for name, call in calls.items()}
+
+
+def _choose(queries: int, keys: int, mask: Mask, options: dict[str, float]) -> Choice:
+    query, key = (torch.empty(1, 8, 1, 64).expand(1, 8, length, 64) for length in (queries, keys))
+    return choose(query, key, key, mask, **options)  # pyright: ignore[reportArgumentType] (options by name)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

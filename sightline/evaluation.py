@@ -1,0 +1,221 @@
+"""How well held-out text is predicted: loss, perplexity, bits per byte, and two baselines that count.
+
+The model and the baselines score the same tokens: every token of the file but its first. Knows nothing
+about training.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sightline.batches import TokenFile, windows
+from sightline.models import Decoder
+
+# Token ids counted at a time: bounds the memory of sorting, not of what is kept.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What held-out text costs to predict.
+
+    Losses are comparable only between models of one tokenizer; `bits_per_byte` between all of them.
+    """
+
+    loss: float
+    """Mean negative log-likelihood in nats per token."""
+    tokens: int
+    """Number of tokens predicted."""
+    bytes: int
+    """Bytes of text that these tokens stand for."""
+    unknown: float
+    """Share of the text's tokens that are `<unk>`: such words are scored as one easy token."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token: for a word tokenizer per word, with `<eos>` counted as a word."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """loss * tokens / (ln 2 * bytes)."""
+        return self.loss * self.tokens / (math.log(2) * self.bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f} nats a token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits per byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
+        )
+
+
+def evaluate(
+    model: Decoder,
+    tokens: TokenFile,
+    *,
+    context: int | None = None,
+    batch: int = 16,
+    batches: int | None = None,
+) -> Evaluation:
+    """Scores held-out tokens in disjoint windows: each token is predicted once.
+
+    A window starts without a past, so a longer `context` (None: the model's) gives a lower loss.
+    `batches` stops after that many batches of windows (None: the whole file). Dropout is off while it
+    runs; the model's mode is put back afterwards.
+
+    Raises:
+        ValueError: there is nothing to predict, or the context is longer than the model's.
+
+    >>> import numpy as np, torch
+    >>> from sightline.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(vocabulary=10, context=8, d_model=16, num_layers=1, num_heads=2))
+    >>> ids = np.arange(100, dtype=np.uint16) % 10
+    >>> evaluate(model, TokenFile(ids=ids, num_bytes=100, num_words=20, num_unknown=0)).tokens
+    99
+    """
+    context = model.config.context if context is None else context
+    if not 1 <= context <= model.config.context:
+        raise ValueError(f"expected a context from 1 to the model's {model.config.context}, got {context}")
+    for name, value in (("batch", batch), ("batches", batches)):
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}")
+    _expect_something(tokens)
+    context = min(context, len(tokens.ids) - 1)  # a shorter text is one window
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for inputs, targets in islice(windows(tokens, context=context, batch=batch), batches):
+                _expect_ids(targets, model.config.vocabulary)
+                logits = model(inputs.to(device)).flatten(0, 1).float()
+                losses = nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum")
+                total += losses.item()
+                count += targets.numel()
+    finally:
+        model.train(was_training)
+    return _evaluation(total, count, tokens)
+
+
+def unigram(train: TokenFile, held_out: TokenFile, vocabulary: int) -> Evaluation:
+    """Scores held-out tokens by how often each occurs in the training tokens, whatever stands before it.
+
+    p(token) = (count(token) + 1) / (tokens + vocabulary).
+
+    >>> import numpy as np
+    >>> ids = np.array([0, 1] * 50, dtype=np.uint16)
+    >>> text = TokenFile(ids=ids, num_bytes=100, num_words=50, num_unknown=0)
+    >>> round(unigram(text, text, vocabulary=2).perplexity, 3)
+    2.0
+    """
+    _expect_something(held_out)
+    log_p = np.log(unigram_probabilities(train, vocabulary))
+    targets, total = held_out.ids[1:], 0.0
+    for start in _starts(targets):
+        piece = targets[start : start + _CHUNK]
+        _expect_ids(piece, vocabulary)
+        total -= float(log_p[piece].sum())
+    return _evaluation(total, len(targets), held_out)
+
+
+def bigram(train: TokenFile, held_out: TokenFile, vocabulary: int) -> Evaluation:
+    """Scores held-out tokens by how often each follows the one before it in the training tokens.
+
+    Witten-Bell smoothing: p(token | last) = (count(last, token) + kinds(last) * unigram(token)) /
+    (count(last) + kinds(last)), where kinds(last) is how many different tokens follow `last`; after a
+    token that nothing follows, the unigram. Memory grows with the number of different pairs.
+
+    Source: Witten and Bell (1991), The zero-frequency problem, method C.
+
+    >>> import numpy as np
+    >>> ids = np.array([0, 1] * 50, dtype=np.uint16)
+    >>> text = TokenFile(ids=ids, num_bytes=100, num_words=50, num_unknown=0)
+    >>> round(bigram(text, text, vocabulary=2).perplexity, 3)
+    1.01
+    """
+    _expect_something(held_out)
+    model = Bigram(train, vocabulary)
+    total = 0.0
+    for start in _starts(held_out.ids):
+        piece = np.asarray(held_out.ids[start : start + _CHUNK + 1], dtype=np.int64)
+        _expect_ids(piece, vocabulary)
+        total -= float(np.log(model.probabilities(piece[:-1], piece[1:])).sum())
+    return _evaluation(total, len(held_out.ids) - 1, held_out)
+
+
+def unigram_probabilities(train: TokenFile, vocabulary: int) -> NDArray[np.float64]:
+    """The unigram's probability of every token of the vocabulary."""
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for start in _starts(train.ids):
+        piece = train.ids[start : start + _CHUNK]
+        _expect_ids(piece, vocabulary)
+        counts += np.bincount(piece, minlength=vocabulary)
+    return (counts + 1) / (counts.sum() + vocabulary)
+
+
+class Bigram:
+    """Counts of adjacent tokens, smoothed as `bigram` says."""
+
+    def __init__(self, train: TokenFile, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.unigram = unigram_probabilities(train, vocabulary)
+        self.pairs, self.counts = _count_pairs(train.ids, vocabulary)
+        last = self.pairs // vocabulary
+        self.followers = np.bincount(last, weights=self.counts, minlength=vocabulary)
+        self.kinds = np.bincount(last, minlength=vocabulary)
+
+    def probabilities(self, last: NDArray[np.int64], token: NDArray[np.int64]) -> NDArray[np.float64]:
+        """p(token | last), element by element."""
+        pair = last * self.vocabulary + token
+        place = np.minimum(np.searchsorted(self.pairs, pair), max(len(self.pairs) - 1, 0))
+        count = np.where(self.pairs[place] == pair, self.counts[place], 0)
+        kinds, followers = self.kinds[last], self.followers[last]
+        smoothed = (count + kinds * self.unigram[token]) / np.maximum(followers + kinds, 1)
+        return np.where(kinds > 0, smoothed, self.unigram[token])
+
+
+def _count_pairs(ids: NDArray, vocabulary: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The different adjacent pairs as sorted numbers (first * vocabulary + second), and their counts."""
+    if len(ids) < 2:
+        raise ValueError(f"expected at least 2 training tokens to count pairs, got {len(ids)}")
+    pairs, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    for start in _starts(ids):
+        piece = np.asarray(ids[start : start + _CHUNK + 1], dtype=np.int64)
+        new, new_counts = np.unique(piece[:-1] * vocabulary + piece[1:], return_counts=True)
+        merged, place = np.unique(np.concatenate([pairs, new]), return_inverse=True)
+        both = np.zeros(len(merged), dtype=np.int64)
+        both[place[: len(pairs)]] = counts
+        both[place[len(pairs) :]] += new_counts
+        pairs, counts = merged, both
+    return pairs, counts
+
+
+def _starts(ids: NDArray) -> range:
+    return range(0, len(ids), _CHUNK)
+
+
+def _expect_ids(ids: NDArray | Tensor, vocabulary: int) -> None:
+    if ids.max() >= vocabulary:
+        raise ValueError(
+            f"expected token ids under the vocabulary's {vocabulary}, got {int(ids.max())}: "
+            "the text was tokenized by another tokenizer"
+        )
+
+
+def _expect_something(tokens: TokenFile) -> None:
+    if len(tokens.ids) < 2:
+        raise ValueError(f"expected held-out text of at least 2 tokens, got {len(tokens.ids)}")
+
+
+def _evaluation(total: float, count: int, tokens: TokenFile) -> Evaluation:
+    return Evaluation(
+        loss=total / count,
+        tokens=count,
+        bytes=max(1, round(tokens.num_bytes * count / len(tokens.ids))),
+        unknown=tokens.num_unknown / len(tokens.ids),
+    )

@@ -1,0 +1,273 @@
+"""Attention with its learned maps, the feed-forward network, and the block that joins them with residuals.
+
+Tensors are (batch tokens d_model). Knows nothing of vocabularies or of how many layers there are.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sightline.attention import attention, observe
+from sightline.cache import Cache
+from sightline.masks import ALiBi, Allowed, Mask
+from sightline.positions import Rotary
+from sightline.shapes import shaped
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["swiglu", "gelu", "relu"]
+
+
+class SelfAttention(nn.Module):
+    """One head: three linear maps with bias, then scaled dot-product attention.
+
+        Q = X W_q + b_q,  K = X W_k + b_k,  V = X W_v + b_v
+        output = softmax(Q K^T / sqrt(d_k)) V
+
+    >>> layer = SelfAttention(d_in=32, d_k=16, d_v=8)
+    >>> output, weights = layer(torch.ones(2, 5, 32), return_weights=True)
+    >>> output.shape, weights.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 5, 5]))
+    """
+
+    def __init__(self, d_in: int, d_k: int, d_v: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(d_in, d_k)
+        self.key = nn.Linear(d_in, d_k)
+        self.value = nn.Linear(d_in, d_v)
+
+    @overload
+    def forward(self, x: Tensor, mask: Mask | Tensor | None = None) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, mask: Mask | Tensor | None = None, *, return_weights: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @shaped
+    def forward(
+        self,
+        x: Annotated[Tensor, "batch tokens d_in"],
+        mask: Mask | Tensor | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The output (batch tokens d_v), and with `return_weights` the weights (batch queries keys).
+
+        The weights carry no gradient.
+        """
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        output = attention(query, key, value, mask)
+        return (output, _weights(query, key, value, mask)) if return_weights else output
+
+
+class MultiHeadAttention(nn.Module):
+    """Several heads side by side, each on its own share of the width, joined by one more linear map.
+
+        head_i = attention(X W_q_i, C W_k_i, C W_v_i),  output = concat(head_1 .. head_h) W_o
+
+    C is the context: X itself (self-attention), or what `forward` is given (cross-attention). `d_k` and `d_v`
+    are totals over the heads and default to d_model, as `d_out` does. With fewer `num_groups` than heads,
+    neighbouring heads share keys and values (grouped-query attention). `query_key_norm` applies an RMSNorm over
+    the width of a head to queries and keys, before `rotary` turns them. `dropout` falls on the weights, in
+    training only. `layer` says which layer of a `Cache` is this one's.
+
+    Drawn as separate `nn.Linear` would be, in this order: output, then for each head query, key, value.
+
+    Set `observer` to have it called as `observer(query, key, value, mask, scale=, softcap=, sinks=)` in the place
+    of `attention`; it returns the output.
+
+    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups.
+
+    Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 for groups.
+
+    >>> layer = MultiHeadAttention(d_model=32, num_heads=4, causal=True)
+    >>> layer(torch.ones(2, 5, 32)).shape
+    torch.Size([2, 5, 32])
+    >>> _, weights = layer(torch.ones(2, 5, 32), return_weights=True)
+    >>> weights.shape
+    torch.Size([8, 5, 5])
+    """
+
+    slopes: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        d_k: int | None = None,
+        d_v: int | None = None,
+        d_out: int | None = None,
+        num_groups: int | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        query_key_norm: bool = False,
+        rotary: Rotary | None = None,
+        alibi: bool = False,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        d_k, d_v, d_out = (d_model if width is None else width for width in (d_k, d_v, d_out))
+        num_groups = num_heads if num_groups is None else num_groups
+        for name, total, parts, part in (
+            ("d_k", d_k, num_heads, "num_heads"),
+            ("d_v", d_v, num_heads, "num_heads"),
+            ("num_heads", num_heads, num_groups, "num_groups"),
+        ):
+            if parts < 1 or total < parts or total % parts:
+                raise ValueError(f"MultiHeadAttention: {name} {total} is not divisible by {part} {parts}")
+        width = d_k // num_heads
+        if rotary is not None and rotary.width != width:
+            raise ValueError(f"MultiHeadAttention: rotary has width {rotary.width} but a head has {width}")
+        self.num_heads = num_heads
+        self.num_groups = num_groups
+        self.causal = causal
+        self.dropout = dropout
+        self.layer = layer
+        self.observer: Callable[..., Tensor] | None = None
+        self.output = nn.Linear(d_v, d_out, bias=bias)
+        self.query, self.key, self.value = (
+            nn.Linear(d_model, size, bias=bias, device="meta").to_empty(device=torch.get_default_device())
+            for size in (d_k, num_groups * width, num_groups * (d_v // num_heads))
+        )
+        self._draw()
+        self.query_norm = nn.RMSNorm(width, eps=1e-6) if query_key_norm else None
+        self.key_norm = nn.RMSNorm(width, eps=1e-6) if query_key_norm else None
+        self.rotary = rotary
+        self.register_buffer("slopes", ALiBi(num_heads).slopes if alibi else None, persistent=False)
+
+    @shaped
+    def forward(
+        self,
+        x: Annotated[Tensor, "batch queries d_model"],
+        context: Annotated[Tensor, "batch keys d_model"] | None = None,
+        mask: Mask | Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The output (batch queries d_out); with `return_weights` also the weights (batch * heads, queries, keys).
+
+        With a cache, x holds the newest tokens and the cache those before them. The weights are those before
+        dropout, and carry no gradient.
+        """
+        if context is not None and (cache is not None or self.rotary is not None):
+            raise ValueError("MultiHeadAttention: a context goes with neither a cache nor rotary positions")
+        source = x if context is None else context
+        query = self.query(x).unflatten(-1, (self.num_heads, -1))
+        key, value = (linear(source).unflatten(-1, (self.num_groups, -1)) for linear in (self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
+            dtype = self.query_norm.weight.dtype
+            query, key = self.query_norm(query.to(dtype)), self.key_norm(key.to(dtype))
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.rotary is not None:
+            start = 0 if cache is None else cache.length
+            query, key = self.rotary(query, start), self.rotary(key, start)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        mask = self._mask(mask)
+        if self.observer is not None:
+            heads = self.observer(query, key, value, mask, scale=None, softcap=None, sinks=None)
+        else:
+            heads = attention(query, key, value, mask, dropout=self.dropout if self.training else 0.0)
+        output = self.output(heads.transpose(1, 2).flatten(-2))
+        return (output, _weights(query, key, value, mask).flatten(0, 1)) if return_weights else output
+
+    def _mask(self, given: Mask | Tensor | None) -> Mask | Tensor | None:
+        if not self.causal and self.slopes is None:
+            return given
+        own = Mask(after=0 if self.causal else None, slopes=self.slopes)
+        if given is None:
+            return own
+        return own & (Allowed(given) if isinstance(given, Tensor) else given)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draw each head's maps one by one, so that they are what separate `nn.Linear` would hold."""
+        for head in range(self.num_heads):
+            group, first = divmod(head * self.num_groups, self.num_heads)
+            maps = [(self.query, head, self.num_heads)]
+            if first == 0:
+                maps += [(self.key, group, self.num_groups), (self.value, group, self.num_groups)]
+            for linear, part, parts in maps:
+                bound = linear.in_features**-0.5
+                linear.weight.chunk(parts)[part].uniform_(-bound, bound)
+                if linear.bias is not None:
+                    linear.bias.chunk(parts)[part].uniform_(-bound, bound)
+
+
+class FeedForward(nn.Module):
+    """The same two-layer network on every token.
+
+        relu, gelu: W_down f(W_up x)          swiglu: W_down (silu(W_gate x) * W_up x)
+
+    Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for swiglu.
+
+    >>> FeedForward(d_model=8, d_ff=32)(torch.ones(1, 2, 8)).shape
+    torch.Size([1, 2, 8])
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: Activation = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each with a norm and a residual.
+
+        norm_first (pre-norm):  x = x + sublayer(norm(x))
+        otherwise (post-norm):  x = norm(x + sublayer(x))
+
+    `dropout` falls on what a sublayer adds.
+
+    Source: Vaswani et al. 2017, section 3.1 (post-norm); Xiong et al. 2020 (pre-norm).
+    """
+
+    def __init__(
+        self,
+        attention: MultiHeadAttention,
+        feed_forward: FeedForward,
+        *,
+        d_model: int,
+        norm: Norm = "rms",
+        norm_first: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(norm, d_model, bias=bias)
+        self.attention = attention
+        self.feed_forward_norm = make_norm(norm, d_model, bias=bias)
+        self.feed_forward = feed_forward
+        self.norm_first = norm_first
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+        if self.norm_first:
+            x = x + self._drop(self.attention(self.attention_norm(x), cache=cache))
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self._drop(self.attention(x, cache=cache)))
+        return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def make_norm(kind: Norm, d_model: int, *, bias: bool = False) -> nn.Module:
+    """RMSNorm (eps 1e-6, never a bias) or LayerNorm (eps 1e-5) over d_model."""
+    return nn.RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, bias=bias)
+
+
+def _weights(query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None) -> Tensor:
+    return observe(query, key, value, mask, top=0, received=False, map_block=0).weights()

@@ -1,0 +1,312 @@
+"""The course of one run: when to step, to evaluate, to save and to stop, and how to go on with it.
+
+Knows no text and no terminal; what happens is written to the run's log and told to a listener.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sightline.checkpoints import load_weights, read_config
+from sightline.evaluation import Evaluation
+from sightline.runs import Ended, Evaluated, Event, RunFolder, Saved, Started, Stepped
+from sightline.schedule import TrainConfig
+from sightline.tokenizers import Tokenizer
+from sightline.trainer import Diverged, Step, Trainer
+
+Listener = Callable[[Event], None]
+Stopped = Literal["steps", "minutes", "patience"]
+
+# Settings that a resumed run may change; any other would make it another run.
+_MAY_CHANGE = {"steps", "minutes", "evaluate_every", "evaluate_batches", "patience", "device"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came: what was trained is saved, and the message says how to go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to: validation before the first step, at its best, and after the last step."""
+
+    out: Path
+    start: Evaluation
+    best: Evaluation
+    best_step: int
+    final: Evaluation
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    stopped: Stopped
+
+
+class Run:
+    """The course of one run: when to step, to evaluate, to save and to stop."""
+
+    def __init__(
+        self, trainer: Trainer, folder: RunFolder, config: TrainConfig, listener: Listener | None, began: float
+    ) -> None:
+        self.trainer, self.folder, self.config, self.listener = trainer, folder, config, listener
+        self.began = began  # less what earlier sessions took
+        self.fingerprint = trainer.fingerprint()
+        self.start: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.best_step: int | None = None
+        self.final: Evaluation | None = None
+        self.without_gain = 0
+        self.slowest_look = self.slowest_step = 0.0
+
+    def complete(self, resumed: bool) -> TrainResult:
+        """Trains until something ends the run."""
+        self.folder.truncate_log(self.trainer.step if resumed else -1)
+        self._tell_start(resumed)
+        try:
+            stopped = self._train()
+        except KeyboardInterrupt:
+            raise Interrupted(self._save_interrupted()) from None
+        except Diverged as error:
+            kept = self.folder.latest and self.folder.out / self.folder.latest
+            raise Diverged(
+                f"{error}: {f'{kept} is the last good checkpoint' if kept else 'nothing was saved yet'}; "
+                f"start again with a lower --learning-rate (now {self.config.learning_rate})"
+            ) from error
+        speed = self.trainer.tokens_per_second
+        step, seconds = self.trainer.step, self._seconds()
+        self._tell(Ended(step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed))
+        assert self.start and self.best and self.best_step and self.final
+        return TrainResult(
+            out=self.folder.out,
+            start=self.start,
+            best=self.best,
+            best_step=self.best_step,
+            final=self.final,
+            steps=step,
+            seconds=seconds,
+            tokens_per_second=speed,
+            stopped=stopped,
+        )
+
+    def _train(self) -> Stopped:
+        if self.start is None:
+            self.start = self._evaluate()
+        stopped = self._stopped()
+        if stopped is not None:
+            raise ValueError(self._nothing_to_do(stopped))
+        while stopped is None:
+            began = time.perf_counter()
+            self.final = None
+            with _uninterrupted():
+                for step in self.trainer.take_step(self.config.rate(self._done())):
+                    self._tell_step(step)
+            self.slowest_step = max(self.slowest_step, time.perf_counter() - began)
+            if self.trainer.step % self.config.evaluate_every == 0 and not self._last_look_is_near():
+                self._look()
+            stopped = self._stopped()
+        if self.final is None:
+            self._look()
+        return stopped
+
+    # --- Time -----------------------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _stopped(self) -> Stopped | None:
+        limit, patience = self.config.step_limit, self.config.patience
+        if limit is not None and self.trainer.step >= limit:
+            return "steps"
+        if patience is not None and self.without_gain >= patience:
+            return "patience"
+        if self.config.minutes is not None and self._seconds() + self.slowest_step >= self._training_seconds():
+            return "minutes"
+        return None
+
+    def _training_seconds(self) -> float:
+        """When the last evaluation must begin, so that it ends inside the time limit."""
+        assert self.config.minutes is not None
+        return 60 * self.config.minutes - 1.25 * self.slowest_look
+
+    def _last_look_is_near(self) -> bool:
+        """Whether evaluating now would leave no time to train before the last evaluation."""
+        return self.config.minutes is not None and self._seconds() + self.slowest_look >= self._training_seconds()
+
+    def _done(self) -> float:
+        """The share of the run that is over in the middle of the next step."""
+        shares = []
+        if self.config.step_limit is not None:
+            shares.append((self.trainer.step + 0.5) / self.config.step_limit)
+        if self.config.minutes is not None:
+            shares.append(self._seconds() / max(self._training_seconds(), 1e-9))
+        return min(1.0, max(shares))
+
+    def _nothing_to_do(self, stopped: Stopped) -> str:
+        if self.trainer.step:
+            return (
+                f"the run in {self.folder.out} ended at step {self.trainer.step} because of its {stopped}: "
+                f"give a larger --{stopped} to go on"
+            )
+        return (
+            f"expected time to train in --minutes {self.config.minutes}, but an evaluation takes "
+            f"{self.slowest_look:.1f} s: give more --minutes or fewer --evaluate-batches"
+        )
+
+    # --- Evaluations and checkpoints ------------------------------------------------------------------
+
+    def _evaluate(self) -> Evaluation:
+        began = time.perf_counter()
+        evaluation = self.trainer.evaluate()
+        step = self.trainer.step
+        if step > 0 and (self.best is None or evaluation.loss < self.best.loss):
+            self.best, self.best_step, self.without_gain = evaluation, step, 0
+        elif step > 0:
+            self.without_gain += 1
+        self.slowest_look = max(self.slowest_look, time.perf_counter() - began)
+        best = self.best_step == step
+        self._tell(Evaluated.of(evaluation, step=step, best=best, seconds=self._seconds()))
+        return evaluation
+
+    def _look(self) -> None:
+        began = time.perf_counter()
+        for step in self.trainer.seen():
+            self._tell_step(step)
+        self.final = self._evaluate()
+        self._save()
+        self.slowest_look = max(self.slowest_look, time.perf_counter() - began)
+
+    def _save(self) -> Path:
+        step = self.trainer.step
+        state = {
+            "step": step,
+            "seconds": self._seconds(),
+            "start": self.start and asdict(self.start),
+            "best": self.best and asdict(self.best),
+            "best_step": self.best_step,
+            "final": self.final and asdict(self.final),
+            "without_gain": self.without_gain,
+            "data": self.fingerprint,
+            "config": asdict(self.config),
+        }
+        path = self.folder.save(self.trainer.model, self.trainer.state(), state, step=step, best_step=self.best_step)
+        self._tell(Saved(step=step, folder=str(path), seconds=self._seconds()))
+        return path
+
+    def _save_interrupted(self) -> str:
+        if not self.trainer.step:
+            return "stopped before the first step: nothing to save"
+        for step in self.trainer.seen():
+            self._tell_step(step)
+        path = self._save()
+        return f"stopped at step {self.trainer.step}, saved in {path}: the same with --resume (resume=True) goes on"
+
+    def restore(self) -> None:
+        """Goes back to the folder's latest step, after checking that it is of the same run."""
+        path, tensors, state = self.folder.read()
+        model, tokenizer = read_config(path)
+        _check_same("model", model.to_dict(), self.trainer.model.config.to_dict(), path)
+        _check_tokenizer(tokenizer, self.trainer.model.tokenizer, path)
+        _check_same("text", _entry(state, "data", path), self.fingerprint, path)
+        config = {**asdict(self.config), "betas": list(self.config.betas)}
+        _check_same("config", _entry(state, "config", path), config, path, may_change=_MAY_CHANGE)
+        load_weights(self.trainer.model, path)
+        self.trainer.restore(tensors, _entry(state, "step", path))
+        self.start = _evaluation(state, "start", path)
+        self.best = _evaluation(state, "best", path)
+        self.final = _evaluation(state, "final", path)
+        self.best_step = _entry(state, "best_step", path)
+        self.without_gain = _entry(state, "without_gain", path)
+        self.began -= _entry(state, "seconds", path)
+
+    # --- What happens, told ---------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        self.folder.log(event)
+        if self.listener is not None:
+            self.listener(event)
+
+    def _tell_start(self, resumed: bool) -> None:
+        trainer = self.trainer
+        self._tell(
+            Started(
+                step=trainer.step,
+                resumed=resumed,
+                steps=self.config.step_limit,
+                minutes=self.config.minutes,
+                parameters=trainer.model.num_parameters,
+                train_tokens=len(trainer.train_tokens.ids),
+                valid_tokens=len(trainer.valid_tokens.ids),
+                batch=self.config.batch,
+                context=trainer.context,
+                learning_rate=self.config.learning_rate,
+                device=trainer.device.type,
+                precision=str(trainer.precision).removeprefix("torch."),
+            )
+        )
+
+    def _tell_step(self, step: Step) -> None:
+        self._tell(
+            Stepped(
+                step=step.step,
+                done=self._done(),
+                loss_nats=step.loss,
+                gradient_norm=step.gradient_norm,
+                learning_rate=step.rate,
+                tokens_per_second=self.trainer.tokens_per_second,
+                seconds=self._seconds(),
+            )
+        )
+
+
+def _entry(state: Mapping[str, Any], key: str, path: Path) -> Any:
+    if key not in state:
+        raise ValueError(f"expected the key {key!r} in {path / 'training.json'}, but it is missing")
+    return state[key]
+
+
+def _evaluation(state: Mapping[str, Any], key: str, path: Path) -> Evaluation | None:
+    values = _entry(state, key, path)
+    return None if values is None else Evaluation(**values)
+
+
+def _check_same(
+    what: str,
+    stored: Mapping[str, Any],
+    given: Mapping[str, Any],
+    path: Path,
+    *,
+    may_change: Set[str] = frozenset(),
+) -> None:
+    for name in given:
+        if name not in may_change and stored.get(name) != given[name]:
+            raise ValueError(
+                f"expected the {what} of the run to resume, whose {name} is {stored.get(name)!r} in {path}, "
+                f"got {name} {given[name]!r}: give the same, or start a new run in another --out"
+            )
+
+
+def _check_tokenizer(stored: Tokenizer | None, given: Tokenizer | None, path: Path) -> None:
+    if (stored and stored.hash) != (given and given.hash):
+        raise ValueError(
+            f"expected the tokenizer of the run to resume, {stored} in {path}, got {given} with other tokens: "
+            "give the same, or start a new run in another --out"
+        )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds a Ctrl-C back until the block is done, so that a step is taken whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if pressed:
+        raise KeyboardInterrupt

@@ -1,0 +1,181 @@
+"""Training: `train` goes the whole way from text, `fit` trains a model on token files.
+
+How long and how fast says `TrainConfig`, what is written where `runs`. Everything random follows from the
+seed and the step, so a run that was stopped goes on as if it had not been. Knows no terminal: a listener
+hears what happens.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from sightline.batches import TokenizedCorpus, tokenize
+from sightline.checkpoints import read_config, step_folder
+from sightline.corpora import Corpus, Errors, open_corpus
+from sightline.loop import Interrupted, Listener, Run, TrainResult
+from sightline.models import Decoder, DecoderConfig, check_causal
+from sightline.runs import RunFolder
+from sightline.schedule import TrainConfig, choose_device
+from sightline.tokenizers import UNKNOWN, Kind, Tokenizer
+from sightline.trainer import Diverged, Trainer
+
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "Listener",
+    "Preset",
+    "TrainConfig",
+    "TrainResult",
+    "choose_tokenizer",
+    "fit",
+    "train",
+]
+
+Preset = Literal["modern", "classic"]
+
+
+def train(
+    source: str | Path,
+    out: str | Path,
+    *,
+    preset: Preset = "modern",
+    model: Mapping[str, Any] | None = None,
+    tokenizer: Kind | None = None,
+    vocabulary: int | None = None,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    cache: str | Path | None = None,
+    errors: Errors = "strict",
+    resume: bool = False,
+    listener: Listener | None = None,
+) -> TrainResult:
+    """Trains a Transformer on text: vocabulary, token files, model, and `fit`.
+
+    `source` is what `open_corpus` takes. `model` holds the fields of `DecoderConfig` that differ from the
+    preset. Without `tokenizer` and `vocabulary`, `choose_tokenizer` decides. Token files are kept in
+    `cache` (None: the folder `tokens` inside `out`). `resume` goes on with the vocabulary of the run; all
+    else must be as it was, but for how long to train.
+
+    Raises: as `fit`, and ValueError for text that cannot be read.
+
+    >>> import tempfile
+    >>> from sightline.checkpoints import load
+    >>> small = {"context": 16, "d_model": 16, "num_layers": 1, "num_heads": 2}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = train("embedded", folder, model=small, tokenizer="characters",
+    ...                 config=TrainConfig(steps=30, evaluate_batches=4))
+    ...     run.best.bits_per_byte < run.start.bits_per_byte, load(folder).tokenizer.kind
+    (True, 'characters')
+    """
+    out = Path(out)
+    changes = dict(model or {})
+    _decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
+    choose_device(config.device)
+    corpus = open_corpus(source, errors=errors)
+    RunFolder(out, resume=resume)
+    if resume:
+        text = _same_tokenizer(out, tokenizer, vocabulary)
+    else:
+        chosen, size = choose_tokenizer(corpus)
+        if tokenizer is not None and tokenizer != chosen:
+            chosen, size = tokenizer, _bpe_vocabulary(corpus) if tokenizer == "bpe" else None
+        text = Tokenizer.train(chosen, corpus.texts("train"), size if vocabulary is None else vocabulary)
+    data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        decoder = Decoder(_decoder_config(preset, len(text), changes))
+    decoder.tokenizer = text
+    return fit(decoder, data, out, config, resume=resume, listener=listener)
+
+
+def fit(
+    model: Decoder,
+    data: TokenizedCorpus,
+    out: str | Path,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+) -> TrainResult:
+    """Trains a model on token files, and keeps its best and its latest step in the folder `out`.
+
+    AdamW with linear warm-up and cool-down; a checkpoint at every evaluation and at the end. The model
+    ends with the weights of its last step; `load(out)` has the best. With `resume` it starts from the
+    folder's latest step, and on one machine the losses are, bit for bit, those of a run never stopped.
+    The first Ctrl-C saves and stops.
+
+    Raises:
+        ValueError: the folder, the text or the config does not fit (the line says which and how).
+        Diverged: the loss turned NaN or infinite; the last checkpoint stands.
+        Interrupted: Ctrl-C, after saving.
+        RuntimeError: the model sees its future.
+
+    >>> import tempfile
+    >>> corpus = open_corpus("embedded")
+    >>> tokenizer = Tokenizer.train("characters", corpus.texts("train"))
+    >>> shape = DecoderConfig(vocabulary=len(tokenizer), context=16, d_model=16, num_layers=1, num_heads=2)
+    >>> model = Decoder(shape)
+    >>> model.tokenizer = tokenizer
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     data = tokenize(corpus, tokenizer, folder + "/tokens")
+    ...     result = fit(model, data, folder + "/run", TrainConfig(steps=30, evaluate_batches=4))
+    >>> result.final.loss < result.start.loss
+    True
+    """
+    began = time.perf_counter()
+    folder = RunFolder(out, resume=resume)
+    device = choose_device(config.device)
+    was_training = model.training
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        check_causal(model.to(device))
+        trainer = Trainer(model, data, config)
+        trainer.seed()
+        run = Run(trainer, folder, config, listener, began)
+        if resume:
+            run.restore()
+        try:
+            model.train()
+            return run.complete(resume)
+        finally:
+            model.train(was_training)
+
+
+def choose_tokenizer(corpus: Corpus) -> tuple[Kind, int | None]:
+    """The kind of tokenizer for a text, and the size of its vocabulary (None: all there is).
+
+    Words, if `<unk>` stands in the first megabyte, as in WikiText, where every word is already cut out;
+    else byte-level BPE with a token for every 256 bytes of training text, from 512 to 16,384.
+
+    >>> choose_tokenizer(open_corpus("embedded"))[0]
+    'bpe'
+    """
+    if UNKNOWN in next(corpus.texts("train")).split():
+        return "words", None
+    return "bpe", _bpe_vocabulary(corpus)
+
+
+def _bpe_vocabulary(corpus: Corpus) -> int:
+    return min(max(corpus.size("train") // 256, 512), 16_384)
+
+
+def _decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> DecoderConfig:
+    if preset not in get_args(Preset):
+        raise ValueError(f"expected preset to be {' or '.join(get_args(Preset))}, got {preset!r}")
+    if "vocabulary" in changes:
+        raise ValueError("expected no vocabulary among the model's settings, it is the tokenizer's: use --vocabulary")
+    DecoderConfig.from_dict({"vocabulary": vocabulary, **changes})  # names the nearest of an unknown key
+    make = DecoderConfig.classic if preset == "classic" else DecoderConfig.modern
+    return make(vocabulary=vocabulary, **changes)
+
+
+def _same_tokenizer(out: Path, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+    _, stored = read_config(step_folder(out))
+    if stored is None:
+        raise ValueError(f"expected a run with a tokenizer to go on with, but the one in {out} has none: use fit")
+    if kind is not None and kind != stored.kind:
+        raise ValueError(f"expected the tokenizer of the run in {out}, {stored.kind}, got {kind}")
+    if vocabulary is not None and vocabulary != len(stored):
+        raise ValueError(f"expected the vocabulary of the run in {out}, {len(stored)}, got {vocabulary}")
+    return stored

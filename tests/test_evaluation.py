@@ -1,0 +1,179 @@
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sightline import evaluation
+from sightline.batches import TokenFile
+from sightline.evaluation import Bigram, Evaluation, bigram, evaluate, unigram, unigram_probabilities
+from sightline.models import Decoder, DecoderConfig
+
+
+def token_file(ids, num_bytes=None, num_unknown=0):
+    ids = np.asarray(ids, dtype=np.uint16)
+    num_bytes = 3 * len(ids) if num_bytes is None else num_bytes
+    return TokenFile(ids=ids, num_bytes=num_bytes, num_words=len(ids), num_unknown=num_unknown)
+
+
+def decoder(context=8, dropout=0.0):
+    torch.manual_seed(0)
+    return Decoder(
+        DecoderConfig(vocabulary=11, context=context, d_model=16, num_layers=2, num_heads=2, dropout=dropout)
+    )
+
+
+def random_ids(length, vocabulary=11, seed=0):
+    return np.random.default_rng(seed).integers(0, vocabulary, length)
+
+
+def loss_by_definition(model, ids, context):
+    """Nats of every token but the first, each window read on its own, in float64."""
+    model = model.double().eval()
+    nats = []
+    for start in range(0, len(ids) - 1, context):
+        window = torch.tensor(ids[start : start + context + 1])
+        logits = model(window[None, :-1])[0]
+        for position, target in enumerate(window[1:]):
+            scores = [math.exp(score) for score in logits[position].tolist()]
+            nats.append(-math.log(scores[int(target)] / sum(scores)))
+    model.float()
+    return nats
+
+
+@pytest.mark.parametrize(("length", "context", "batch"), [(50, 8, 3), (49, 8, 2), (9, 8, 4), (5, 8, 4), (33, 4, 100)])
+def test_evaluate_is_the_definition(length, context, batch):
+    model, ids = decoder(), random_ids(length)
+    result = evaluate(model, token_file(ids), context=context, batch=batch)
+    nats = loss_by_definition(model, ids, context)
+    assert result.tokens == len(nats) == length - 1
+    assert result.loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+def test_perplexity_and_bits_per_byte():
+    result = Evaluation(loss=math.log(8), tokens=30, bytes=90, unknown=0.0)
+    assert result.perplexity == pytest.approx(8)
+    assert result.bits_per_byte == pytest.approx(1.0)
+    assert "perplexity 8.00" in str(result)
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite():
+    assert Evaluation(loss=1e4, tokens=1, bytes=1, unknown=0.0).perplexity == math.inf
+
+
+def test_a_model_that_knows_nothing_needs_log_vocabulary():
+    model = decoder()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert evaluate(model, token_file(random_ids(30))).loss == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_some_batches_stand_for_their_share_of_the_bytes():
+    result = evaluate(decoder(), token_file(random_ids(1000), num_bytes=5000), batch=2, batches=3)
+    assert (result.tokens, result.bytes) == (48, 240)
+
+
+def test_unknown_is_the_share_of_the_file():
+    assert evaluate(decoder(), token_file(random_ids(50), num_unknown=5)).unknown == 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_put_back_and_dropout_is_off(training):
+    model = decoder(dropout=0.5).train(training)
+    first, second = (evaluate(model, token_file(random_ids(50))) for _ in range(2))
+    assert first == second
+    assert model.training is training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_mode_is_put_back_after_an_error():
+    model = decoder().train()
+    with pytest.raises(ValueError, match="ids under the vocabulary's 11, got 60"):
+        evaluate(model, token_file([0, 1, 2, 60, 3]))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context": 9}, "context from 1 to the model's 8, got 9"),
+        ({"context": 0}, "context from 1 to the model's 8, got 0"),
+        ({"batch": 0}, "batch of at least 1, got 0"),
+        ({"batches": 0}, "batches of at least 1, got 0"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(decoder(), token_file(random_ids(50)), **arguments)
+
+
+@pytest.mark.parametrize(
+    "score", [lambda t: evaluate(decoder(), t), lambda t: unigram(t, t, 11), lambda t: bigram(t, t, 11)]
+)
+def test_one_token_is_nothing_to_predict(score):
+    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
+        score(token_file([3]))
+
+
+# --- Baselines ---------------------------------------------------------------------------------------
+
+sequences = st.lists(st.integers(0, 6), min_size=2, max_size=60)
+
+
+def bigram_by_definition(train, vocabulary):
+    tokens, pairs = Counter(train), Counter(pairwise(train))
+
+    def p(last, token):
+        one = (tokens[token] + 1) / (len(train) + vocabulary)
+        follow = {pair[1]: count for pair, count in pairs.items() if pair[0] == last}
+        if not follow:
+            return one
+        return (follow.get(token, 0) + len(follow) * one) / (sum(follow.values()) + len(follow))
+
+    return p
+
+
+@given(train=sequences, held_out=sequences)
+def test_baselines_are_their_definition(train, held_out):
+    p = bigram_by_definition(train, 7)
+    nats = [-math.log(p(last, token)) for last, token in pairwise(held_out)]
+    result = bigram(token_file(train), token_file(held_out), vocabulary=7)
+    assert result.loss == pytest.approx(sum(nats) / len(nats), rel=1e-12)
+    assert result.tokens == len(nats)
+    counts = Counter(train)
+    nats = [-math.log((counts[token] + 1) / (len(train) + 7)) for token in held_out[1:]]
+    assert unigram(token_file(train), token_file(held_out), 7).loss == pytest.approx(sum(nats) / len(nats), rel=1e-12)
+
+
+@given(train=sequences, vocabulary=st.integers(7, 12))
+def test_probabilities_sum_to_one(train, vocabulary):
+    assert unigram_probabilities(token_file(train), vocabulary).sum() == pytest.approx(1)
+    model = Bigram(token_file(train), vocabulary)
+    everything = np.arange(vocabulary)
+    for last in everything:
+        assert model.probabilities(np.full(vocabulary, last), everything).sum() == pytest.approx(1)
+
+
+def test_counting_in_pieces_changes_nothing(monkeypatch):
+    train, held_out = token_file(random_ids(500)), token_file(random_ids(301, seed=1))
+    whole = unigram(train, held_out, 11), bigram(train, held_out, 11)
+    for size in (1, 7, 100, 300):
+        monkeypatch.setattr(evaluation, "_CHUNK", size)
+        pieces = unigram(train, held_out, 11), bigram(train, held_out, 11)
+        assert [each.loss for each in pieces] == pytest.approx([each.loss for each in whole], rel=1e-12)
+
+
+def test_a_bigram_beats_a_unigram_on_text_with_order():
+    tokens = token_file([0, 1, 2, 3] * 100)
+    assert bigram(tokens, tokens, 4).loss < 0.1 < unigram(tokens, tokens, 4).loss
+
+
+def test_ids_beyond_the_vocabulary():
+    with pytest.raises(ValueError, match="ids under the vocabulary's 5, got 9"):
+        unigram(token_file([1, 9]), token_file([1, 2]), 5)
+    with pytest.raises(ValueError, match="ids under the vocabulary's 5, got 9"):
+        bigram(token_file([1, 2]), token_file([1, 9]), 5)

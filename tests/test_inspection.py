@@ -1,0 +1,247 @@
+"""Captures against the definition in float64, on small models of every kind of mask and position."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sightline.inspection import Capture, capture
+from sightline.layers import MultiHeadAttention
+from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.models import Decoder, DecoderConfig
+from sightline.tokenizers import Tokenizer
+
+TEXT = "the cat sat on the mat and the dog sat on the cat\n"
+
+
+def small(**changes) -> Decoder:
+    torch.manual_seed(0)
+    shape = {"vocabulary": 20, "context": 48, "d_model": 32, "num_layers": 2, "num_heads": 4}
+    model = Decoder(DecoderConfig.modern(**(shape | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query.weight" in name or "key.weight" in name:
+                parameter.mul_(20)  # so that the weights differ
+    return model
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(20, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def attention_of(model: Decoder, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """The weights of one layer (heads queries keys), written out in float64 from the layer's own input."""
+    calls = []
+    module = [m for m in model.modules() if isinstance(m, MultiHeadAttention)][layer]
+
+    def definition(query, key, value, mask, *, scale, softcap, sinks):
+        width, length = query.shape[-1], query.shape[-2]
+        query, key, value = query.double(), key.double(), value.double()
+        share = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+        scores = query @ key.mT / width**0.5
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        if mask.slopes is not None:
+            scores = scores - mask.slopes[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        calls.append(weights)
+        return (weights @ value).float()
+
+    module.observer = definition
+    with torch.no_grad():
+        model.eval().features(ids[None])
+    module.observer = None
+    return calls[0][0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_groups": 2}, {"positions": "alibi"}, {"positions": "sinusoidal", "norm_first": False}],
+    ids=["plain", "groups", "alibi", "classic"],
+)
+def test_weights_and_facts_are_those_of_the_definition(changes):
+    model, ids = small(**changes), tokens(37)
+    seen = capture(model, ids, top=3, map_block=16)
+    for layer in (0, 1):
+        exact = attention_of(model, ids, layer)
+        for head in range(4):
+            torch.testing.assert_close(seen.weights(layer, head).double(), exact[head], atol=2e-6, rtol=1e-5)
+        for name, expected in {
+            "entropy": -torch.special.xlogy(exact, exact).sum(-1),
+            "sink": exact[..., :4].sum(-1),
+            "distance": (exact * (torch.arange(37)[:, None] - torch.arange(37)).abs()).sum(-1),
+            "received": exact.sum(-2),
+            "top_weights": exact.topk(3).values,
+        }.items():
+            torch.testing.assert_close(getattr(seen, name)[layer].double(), expected, atol=2e-5, rtol=1e-4, msg=name)
+        previous = exact.diagonal(offset=-1, dim1=-2, dim2=-1).mean(-1)
+        torch.testing.assert_close(seen.previous_token[layer].double(), previous, atol=2e-6, rtol=1e-5)
+    assert seen.map_sum.shape == seen.map_max.shape == (2, 4, 3, 3)
+    torch.testing.assert_close(seen.map_sum.sum((-1, -2)), torch.full((2, 4), 37.0))
+
+
+def test_summaries_are_means_over_queries():
+    seen = capture(small(), tokens(9))
+    torch.testing.assert_close(seen.mean_entropy, seen.entropy.mean(-1))
+    torch.testing.assert_close(seen.mean_sink, seen.sink.mean(-1))
+    torch.testing.assert_close(seen.mean_distance, seen.distance.mean(-1))
+    assert seen.previous_token.shape == (2, 4)
+
+
+def test_previous_token_of_a_long_text_and_of_one_token():
+    seen = capture(small(context=300), tokens(300), layers=[0])
+    expected = seen.weights(0, 1).diagonal(offset=-1).mean()
+    torch.testing.assert_close(seen.previous_token[0, 1], expected)
+    assert capture(small(), [3]).previous_token.tolist() == [[0.0] * 4] * 2
+
+
+def test_windows_are_cut_from_the_matrix():
+    seen = capture(small(), tokens(20))
+    whole = seen.weights(1, 2)
+    window = seen.weights(1, 2, queries=slice(5, 9), keys=slice(2, 7))
+    torch.testing.assert_close(window, whole[5:9, 2:7])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal() & Window(before=2, after=0),
+        Padding([4]),
+        Allowed(torch.rand(1, 4, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.3),
+        Bias(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))),
+        Mask(slopes=torch.tensor([0.1, 0.2, 0.3, 0.4])),
+    ],
+    ids=["window", "padding", "allowed", "bias", "slopes"],
+)
+def test_weights_of_one_head_with_every_mask(mask):
+    seen = with_mask(mask)
+    scores = seen.queries[0].double() @ seen.keys[0].double().mT * seen.scales[0]
+    allowed, bias = mask.dense(6, 6, dtype=torch.float64)
+    scores = scores if bias is None else scores + bias.expand(1, 4, 6, 6)[0]
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed.expand(1, 4, 6, 6)[0], -torch.inf)
+    for head in range(4):
+        torch.testing.assert_close(seen.weights(0, head).double(), scores[head].softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def with_mask(mask: Mask) -> Capture:
+    """A capture whose only layer has this mask."""
+    model = small(num_layers=1)
+    module = next(m for m in model.modules() if isinstance(m, MultiHeadAttention))
+    module._mask = lambda given: mask
+    return capture(model, tokens(6))
+
+
+def test_fewer_queries_than_keys_are_the_newest():
+    whole = capture(small(), tokens(10))
+    names = ("queries", "logsumexp", "entropy", "distance", "sink", "top_weights", "top_keys")
+    newest = {name: getattr(whole, name)[:, :, 7:] for name in names}
+    part = dataclasses.replace(whole, query_tokens=whole.query_tokens[7:], **newest)
+    torch.testing.assert_close(part.weights(1, 3), whole.weights(1, 3)[7:])
+    expected = whole.weights(1, 3).diagonal(offset=-1)[6:].mean()
+    torch.testing.assert_close(part.previous_token[1, 3], expected)
+
+
+def test_chosen_layers_keep_the_models_numbers():
+    model, ids = small(num_layers=3), tokens(12)
+    whole, some = capture(model, ids), capture(model, ids, layers=[2, 0])
+    assert whole.layers == (0, 1, 2) and some.layers == (0, 2)
+    torch.testing.assert_close(some.weights(2, 1), whole.weights(2, 1))
+    with pytest.raises(ValueError, match="layer 1 is not among the captured ones, 0, 2"):
+        some.weights(1, 0)
+    with pytest.raises(ValueError, match="heads are 0 to 3, got head 4"):
+        some.weights(0, 4)
+
+
+def test_a_full_matrix_beyond_the_limit_is_refused_with_its_size():
+    seen = capture(small(), tokens(40))
+    with pytest.raises(ValueError, match=r"40 x 40 weights take .* ask for a window, weights\(queries=slice"):
+        seen.weights(0, 0, limit_bytes=1000)
+    assert seen.weights(0, 0, queries=slice(0, 4), keys=slice(0, 4), limit_bytes=1000).shape == (4, 4)
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
+def test_text_is_seen_token_by_token(kind):
+    tokenizer = Tokenizer.train(kind, [TEXT], vocabulary=260 if kind == "bpe" else None)
+    model = small(vocabulary=len(tokenizer), context=64)
+    model.tokenizer = tokenizer
+    seen = capture(model, TEXT)
+    assert seen.separator.join(seen.tokens).replace(" \n", "\n") == TEXT
+    assert seen.ids == tuple(tokenizer.encode(TEXT)) and len(seen.tokens) == len(seen.ids)
+
+
+def test_a_token_that_is_part_of_a_character_is_shown_as_bytes():
+    tokenizer = Tokenizer.train("bpe", ["abc"], vocabulary=256)
+    model = small(vocabulary=len(tokenizer))
+    model.tokenizer = tokenizer
+    assert capture(model, "a\u00e9").tokens == ("a", "\\xc3", "\\xa9")
+
+
+def test_ids_without_a_tokenizer_are_shown_as_numbers():
+    seen = capture(small(), [5, 7])
+    assert seen.tokens == ("5", "7") and seen.separator == " "
+    assert capture(small(), torch.tensor([[5, 7]])).ids == (5, 7)
+
+
+def modes(model):
+    return [(module.training, getattr(module, "observer", None)) for module in model.modules()]
+
+
+def test_the_model_is_afterwards_as_it_was():
+    model = small(dropout=0.5).train()
+    model.blocks[1].eval()
+    before, parameters = modes(model), [p.clone() for p in model.parameters()]
+    first, second = capture(model, tokens(8)), capture(model, tokens(8))
+    assert modes(model) == before
+    torch.testing.assert_close(first.entropy, second.entropy, atol=0, rtol=0)  # no dropout
+    assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
+    assert not first.queries.requires_grad
+
+
+def test_the_model_is_as_it_was_after_an_error():
+    model = small().train()
+
+    def stop(module, inputs):
+        raise RuntimeError("stop")
+
+    mine = object()
+    first, last = (m for m in model.modules() if isinstance(m, MultiHeadAttention))
+    first.observer = mine
+    handle = last.register_forward_pre_hook(stop)
+    before = modes(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        capture(model, tokens(8))
+    handle.remove()
+    assert modes(model) == before and first.observer is mine
+
+
+def test_bad_input_gets_one_clear_line():
+    model = small(context=8)
+    for call, message in [
+        (lambda: capture(model, "the"), "no tokenizer to read text with; set model.tokenizer, or give token ids"),
+        (lambda: capture(model, []), "the text holds no token; give at least one"),
+        (lambda: capture(model, [1] * 9), r"9 tokens are beyond the model's context of 8; .*tokens\[:8\]"),
+        (lambda: capture(model, [1, 20]), "token ids are 0 to 19, got 20"),
+        (lambda: capture(model, [-1]), "token ids are 0 to 19, got -1"),
+        (lambda: capture(model, torch.ones(3)), r"expected whole numbers .*float32 \(3,\)"),
+        (lambda: capture(model, torch.ones(2, 3, dtype=torch.long)), r"\(2, 3\); one text at a time"),
+        (lambda: capture(model, [1], layers=[2]), "layers are 0 to 1, got 2"),
+        (lambda: capture(model, [1], layers=[-1]), "layers are 0 to 1, got -1"),
+        (lambda: capture(model, [1], layers=[]), "no layer asked for; layers are 0 to 1"),
+        (lambda: capture(model, [1], top=0), "top must be 1 or more, got 0"),
+        (lambda: capture(model, [1], map_block=0), "map_block must be 1 or more, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_unknown_words_are_named():
+    tokenizer = Tokenizer.train("words", [TEXT])
+    model = small(vocabulary=len(tokenizer))
+    model.tokenizer = tokenizer
+    with pytest.raises(ValueError, match=r"not in the vocabulary: 'zebra', 'yak' \(2 in all\).*tokenizer.encode"):
+        capture(model, "the zebra sat on the yak zebra")
+    assert capture(model, tokenizer.encode("the zebra")).tokens == ("the", "<unk>")
+    with pytest.raises(ValueError, match="no token"):
+        capture(model, "")
