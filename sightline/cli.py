@@ -10,20 +10,21 @@ import inspect
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
 
 from sightline.checkpoints import load
-from sightline.corpora import Errors, open_corpus
+from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.generation import SampleConfig
 from sightline.models import Decoder, DecoderConfig
 from sightline.schedule import TrainConfig
-from sightline.tokenizers import Kind
+from sightline.tokenizers import Kind, Tokenizer
 from sightline.training import Preset
 
 SOURCE = "A file, a folder, - for standard input, 'embedded', or 'wikitext-2'."
@@ -42,7 +43,9 @@ def demo(
 
     out = _free(out)
     console = Console(highlight=False)
-    console.print("[bold]1. Training[/bold] on the language documentation inside this Python, for 2.5 minutes at most")
+    console.print(
+        f"[bold]1. Training[/bold] on the documentation inside this Python, for {work.TRAINING.minutes} minutes at most"
+    )
     with TrainProgress() as progress:
         lesson = work.learn(out, progress)
     console.print("\n[bold]2. What it learned[/bold], on the tenth of the text that it never trained on")
@@ -92,6 +95,21 @@ def _changes(config: type, *, without: str) -> type:
 Shape: Any = _changes(DecoderConfig, without="vocabulary")
 
 
+# The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainConfig):
+    """How long to train, on what, and how fast the weights move."""
+
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SampleConfig):
+    """How the next token is drawn, and when to stop."""
+
+    def __post_init__(self) -> None: ...
+
+
 def train(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     out: Annotated[Path, arg(help="The folder of the run.")],
@@ -99,7 +117,7 @@ def train(
     model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008 (frozen)
     tokenizer: Annotated[Kind | None, arg(help="None: words for WikiText's format, else bpe.")] = None,
     vocabulary: Annotated[int | None, arg(help="Tokens at most. None: by the amount of text.")] = None,
-    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 (frozen)
+    schedule: OmitArgPrefixes[Training] = Training(),
     errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
     cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
     resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
@@ -120,7 +138,7 @@ def train(
             model=changes,
             tokenizer=tokenizer,
             vocabulary=vocabulary,
-            config=config,
+            config=TrainConfig(**vars(schedule)),
             cache=cache,
             errors=errors,
             resume=resume,
@@ -144,32 +162,36 @@ def evaluate(
 
     decoder = _load(model)
     assert decoder.tokenizer is not None
-    corpus = open_corpus(source, errors=errors)
+    corpus = _open(source, errors)
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no {split} split; choose --split {' or '.join(corpus.splits)}")
     data = tokenize(corpus, decoder.tokenizer, model / "tokens" if cache is None else cache)
-    print(f"{corpus.name}, {split}: {evaluate(decoder, getattr(data, split), context=context)}")
+    scored = evaluate(decoder, getattr(data, split), context=context)
+    print(f"{corpus.name}, {split}: {scored}")
+    if scored.unknown:
+        _note(f"{scored.unknown:.1%} of the tokens are <unk>, each of them scored as one easy token")
 
 
 def generate(
     model: Annotated[Path, arg(help=MODEL)],
     prompt: Annotated[Positional[str], arg(help="What the text starts with.")] = "",
-    config: OmitArgPrefixes[SampleConfig] = SampleConfig(),  # noqa: B008 (frozen)
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),
 ) -> None:
     """Write, word by word, from a prompt."""
     from sightline import generation
 
-    _stream(prompt, generation.generate(_load(model), prompt, config))
+    _stream(prompt, generation.generate(_load(model), prompt, SampleConfig(**vars(sampling))))
 
 
 def look(
     model: Annotated[Path, arg(help=MODEL)],
-    text: Annotated[Path, arg(help="A file to look at the beginning of; - for standard input.")],
+    text: Annotated[str, arg(help=f"What to look at the beginning of. {SOURCE}")],
     out: Annotated[Path, arg(help="The page to write.")] = Path("attention.html"),
     tokens: Annotated[
         int | None, arg(help="How many tokens. None: as many as the model's context and a page hold.")
     ] = None,
     layers: Annotated[tuple[int, ...] | None, arg(help="Which layers. None: all.")] = None,
+    errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
 ) -> None:
     """Write a page that shows where every head looks; it opens in a browser, from disk."""
     from sightline.inspection import capture
@@ -177,14 +199,16 @@ def look(
 
     decoder = _load(model)
     assert decoder.tokenizer is not None
-    words = sys.stdin.read() if str(text) == "-" else text.read_text(encoding="utf-8")
+    corpus = _open(text, errors)
     most = min(decoder.config.context, MOST_TOKENS)
     if tokens is not None and not 1 <= tokens <= most:
         raise ValueError(f"--tokens must be from 1 to {most}, what the model's context and a page hold; got {tokens}")
-    ids = decoder.tokenizer.encode(words)
-    kept = ids[: most if tokens is None else tokens]
-    file = page(capture(decoder, kept, layers=layers, map_block=max(1, len(kept) // 32)), out)
-    print(f"{file}: the first {len(kept):,} of {len(ids):,} tokens; open it in a browser")
+    ids = _beginning(corpus, decoder.tokenizer, most if tokens is None else tokens)
+    file = page(capture(decoder, ids, layers=layers, map_block=max(1, len(ids) // 32)), out)
+    print(f"{file}: the first {len(ids):,} tokens of {corpus.name}; open it in a browser")
+    unknown = sum(token == decoder.tokenizer.unknown for token in ids)
+    if unknown:
+        _note(f"{unknown:,} of them are <unk>: {decoder.tokenizer.kind} that the model's vocabulary lacks")
 
 
 def bench() -> None:
@@ -219,28 +243,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it went well, 2 for a mistake that a line explains, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if name == "--version":
-        from sightline import __version__
-
-        print(f"sightline {__version__}")
-        return 0
-    if name not in COMMANDS:
-        return _fail("sightline", f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    where = f"sightline {name}" if name in COMMANDS else "sightline"
     with warnings.catch_warnings():
         warnings.showwarning = _note
         try:
-            tyro.cli(COMMANDS[name], args=arguments[1:], prog=f"sightline {name}")
+            _run(name, arguments[1:])
+        except SystemExit as stop:  # the parser has told what it had to tell
+            return int(stop.code or 0)
         except KeyboardInterrupt as stop:
-            return _fail(f"sightline {name}", str(stop) or "stopped", code=130)
+            return _fail(where, str(stop) or "stopped", code=130)
         except BrokenPipeError:
             sys.stderr.close()  # the reader has gone: nobody is left to tell
             return 1
         except (ValueError, OSError) as error:
-            return _fail(f"sightline {name}", str(error))
+            return _fail(where, str(error))
     return 0
+
+
+def _run(name: str, options: list[str]) -> None:
+    if name in ("-h", "--help"):
+        print(_usage())
+    elif name == "--version":
+        from sightline import __version__
+
+        print(f"sightline {__version__}")
+    elif name not in COMMANDS:
+        raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    else:
+        shown = (FlagCreatePairsOff, PositionalMetavarFromFieldName)
+        tyro.cli(COMMANDS[name], args=options, prog=f"sightline {name}", config=shown)
 
 
 def _usage() -> str:
@@ -262,6 +293,13 @@ def _load(folder: Path) -> Decoder:
     return model
 
 
+def _open(source: str, errors: Errors) -> Corpus:
+    corpus = open_corpus(source, errors=errors)
+    for left_out in corpus.skipped:
+        _note(left_out)
+    return corpus
+
+
 def _download(source: str) -> None:
     from sightline.downloads import DOWNLOADS, cache_folder, download
 
@@ -271,11 +309,30 @@ def _download(source: str) -> None:
     download(source, cache_folder())
 
 
-def _stream(prompt: str, pieces: Any) -> None:
+def _beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
+    """The first tokens of a corpus, from as much of its text as they need."""
+    text, ids = "", []
+    for piece in chain.from_iterable(corpus.texts(split) for split in corpus.splits):
+        text += piece
+        ids = tokenizer.encode(text)
+        if len(ids) > most:
+            break
+    return ids[:most]
+
+
+def _stream(prompt: str, pieces: Iterator[str]) -> None:
+    def note(message: Warning | str, *_: object) -> None:
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            print(file=sys.stderr)  # ends the line of text that the note would stand in
+        _note(message)
+
+    warnings.showwarning = note
     print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print()
 
 
 def _free(out: Path) -> Path:

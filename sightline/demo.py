@@ -16,10 +16,11 @@ from sightline.inspection import capture
 from sightline.training import Listener, TrainConfig, TrainResult, train
 
 PROMPT = "The value of the expression"
-VOCABULARY = 1024
-SHAPE = {"context": 256, "d_model": 192, "num_layers": 4, "num_heads": 4, "dropout": 0.1}
-TRAINING = TrainConfig(minutes=2.5, batch=12, learning_rate=3e-3, evaluate_every=100)
+VOCABULARY = 512
+SHAPE = {"context": 320, "d_model": 128, "num_layers": 4, "num_heads": 4, "dropout": 0.05}
+TRAINING = TrainConfig(minutes=2.5, batch=4, learning_rate=5e-3, evaluate_every=200)
 LOOK_TOKENS = 160
+SENTENCE = "A class definition is an executable statement. It defines the name of the class."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,11 @@ class Lesson:
     bigram: Evaluation
 
 
-def learn(folder: Path, listener: Listener | None = None, config: TrainConfig = TRAINING) -> Lesson:
+def learn(folder: Path, listener: Listener | None = None) -> Lesson:
     """Train a small `modern` Decoder on the embedded text, and count for the baselines."""
     corpus = open_corpus("embedded")
     result = train(
-        "embedded", folder, model=SHAPE, tokenizer="bpe", vocabulary=VOCABULARY, config=config, listener=listener
+        "embedded", folder, model=SHAPE, tokenizer="bpe", vocabulary=VOCABULARY, config=TRAINING, listener=listener
     )
     model = load(folder)
     assert model.tokenizer is not None
@@ -66,7 +67,7 @@ def look(folder: Path) -> list[Path]:
     files = [folder / name for name in ("attention.html", "heads.png", "head.png", "positions.png")]
     page(seen, files[0])
     plot_heads(seen).savefig(files[1], dpi=160)
-    near = capture(model, ids[:24])
+    near = capture(model, SENTENCE)
     layer, head = divmod(int(near.previous_token.argmax()), near.num_heads)
     plot_weights(near, layer=layer, head=head).savefig(files[2], dpi=160)
     plot_positions(sinusoidal(64, 32)).savefig(files[3], dpi=160)

@@ -63,6 +63,8 @@ class Run:
 
     def complete(self, resumed: bool) -> TrainResult:
         """Trains until something ends the run."""
+        if resumed and (ended := self._stopped()) is not None:
+            raise ValueError(self._nothing_to_do(ended))
         self.folder.truncate_log(self.trainer.step if resumed else -1)
         self._tell_start(resumed)
         try:

@@ -27,8 +27,6 @@ class TrainConfig:
     """Time limit with every evaluation included, summed over resumed sessions. None: no limit."""
     batch: int = 16
     """Windows of text in one step."""
-    context: int | None = None
-    """Tokens in one window. None: the model's context."""
     learning_rate: float = 2e-3
     """Highest learning rate of AdamW."""
     warmup: float = 0.05
@@ -58,7 +56,7 @@ class TrainConfig:
         for name, choices in (("precision", get_args(Precision)), ("device", get_args(Device))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch", "context", "evaluate_every", "evaluate_batches", "patience"):
+        for name in ("steps", "batch", "evaluate_every", "evaluate_batches", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")

@@ -40,12 +40,12 @@ class Trainer:
     """A model and what moves it.
 
     Raises:
-        ValueError: a split is missing or shorter than one window, or the context beyond the model's.
+        ValueError: a split is missing or shorter than one window.
     """
 
     def __init__(self, model: Decoder, data: TokenizedCorpus, config: TrainConfig) -> None:
         self.model, self.config = model, config
-        self.context = _checked_context(model, config)
+        self.context = model.config.context
         vocabulary = model.config.vocabulary
         self.train_tokens = _checked(data.train, "training", self.context + 1, vocabulary)
         self.valid_tokens = _checked(data.valid, "validation", 2, vocabulary)
@@ -190,13 +190,6 @@ def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def _checked_context(model: Decoder, config: TrainConfig) -> int:
-    context = model.config.context if config.context is None else config.context
-    if context > model.config.context:
-        raise ValueError(f"expected a context of at most the model's {model.config.context}, got {context}")
-    return context
 
 
 def _checked(tokens: TokenFile | None, split: str, least: int, vocabulary: int) -> TokenFile:

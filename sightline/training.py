@@ -6,6 +6,7 @@ hears what happens.
 """
 
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -74,6 +75,8 @@ def train(
     _decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
     corpus = open_corpus(source, errors=errors)
+    for left_out in corpus.skipped:
+        warnings.warn(left_out, stacklevel=2)
     RunFolder(out, resume=resume)
     if resume:
         text = _same_tokenizer(out, tokenizer, vocabulary)

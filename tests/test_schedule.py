@@ -17,7 +17,6 @@ shares = st.floats(0, 1)
         ({"minutes": 0.0}, "minutes above 0, got 0.0"),
         ({"minutes": float("nan")}, "minutes above 0, got nan"),
         ({"batch": 0}, "batch of at least 1, got 0"),
-        ({"context": 0}, "context of at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate above 0, got 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate above 0, got inf"),
         ({"clip": 0.0}, "clip above 0, got 0.0"),

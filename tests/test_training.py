@@ -371,7 +371,6 @@ def test_losses_looked_at_late_are_the_same(tmp_path, monkeypatch, straight):
         (replace(DATA, train=token_file(8, 0)), CONFIG, "training text of at least 9 tokens, got 8"),
         (replace(DATA, valid=token_file(1, 0)), CONFIG, "validation text of at least 2 tokens, got 1"),
         (replace(DATA, valid=None), CONFIG, "a validation split, but it has none"),
-        (DATA, replace(CONFIG, context=9), "a context of at most the model's 8, got 9"),
     ],
 )
 def test_data_that_does_not_fit(tmp_path, data, config, message):
@@ -383,13 +382,6 @@ def test_ids_beyond_the_vocabulary(tmp_path):
     data = replace(DATA, train=replace(DATA.train, ids=DATA.train.ids + 5))
     with pytest.raises(ValueError, match="training ids under the model's vocabulary of 7, got 11"):
         fit(decoder(), data, tmp_path, CONFIG)
-
-
-def test_a_shorter_context_is_drawn_and_evaluated(tmp_path):
-    events = []
-    fit(decoder(), DATA, tmp_path, replace(CONFIG, steps=2, context=4), listener=events.append)
-    assert events[0].context == 4
-    assert [event.tokens for event in events if isinstance(event, Evaluated)] == [32, 32]
 
 
 # --- Killed ------------------------------------------------------------------------------------------------

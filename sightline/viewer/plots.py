@@ -24,6 +24,7 @@ Scale = Literal["linear", "log"]
 MOST_LABELS = 48
 """Tokens stand along an axis up to so many; beyond, positions do."""
 LONGEST_LABEL = 16
+MOST_EXACT = 1024
 INCHES = 4.8
 
 
@@ -75,6 +76,47 @@ def plot_weights(
         picture = _named(picture, tokens, query_tokens)
         picture = _without_padding(picture, lengths, 0 if sequence is None else sequence)
     return _draw(picture, scale, picture.title if title is None else title)
+
+
+def plot_heads(capture: Capture, *, title: str | None = None) -> "Figure":
+    """All heads of all layers as small heat maps of one logarithmic colour scale: layers down, heads across.
+
+    Weights themselves for up to 1,024 queries and keys; beyond, the largest weight of each square of the map.
+
+    >>> from sightline.inspection import capture
+    >>> from sightline.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig.modern(vocabulary=9, d_model=32, num_layers=2))
+    >>> len(plot_heads(capture(model, [3, 1, 4, 1, 5])).axes)  # eight heads and the colour bar
+    9
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers, heads, exact = len(capture.layers), capture.num_heads, max(capture.queries.shape[2], capture.keys.shape[2])
+    figure = Figure(figsize=(1.5 * heads + 1.2, 1.62 * layers + 0.5), dpi=150, layout="compressed")
+    grid = figure.subplots(layers, heads, squeeze=False)
+    norm = LogNorm(1e-3, 1, clip=True)
+    for row, layer in enumerate(capture.layers):
+        for head in range(heads):
+            axes = grid[row, head]
+            if exact <= MOST_EXACT:
+                picture = _of_capture(capture, layer, head)
+                shown = np.ma.masked_array(picture.weights, picture.hidden)
+            else:
+                squares = _array(capture.map_max[row, head])
+                shown = np.ma.masked_equal(squares, 0)
+            axes.imshow(shown, cmap="viridis", norm=norm, interpolation="nearest", aspect="auto")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(f"L{layer} H{head}  {float(capture.mean_entropy[row, head]):.1f} nats", fontsize=7, pad=2)
+            for spine in axes.spines.values():
+                spine.set_linewidth(0.4)
+    figure.colorbar(grid[0, 0].images[0], ax=grid, label="weight", fraction=0.03, pad=0.02)
+    figure.supxlabel("key", fontsize=9)
+    figure.supylabel("query", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
 
 
 def plot_positions(table: Tensor | Sinusoidal | Learned, *, title: str | None = None) -> "Figure":
