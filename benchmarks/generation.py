@@ -1,15 +1,13 @@
 """Time per token while writing, early and late, with the cache and without it.
 
-Prints a markdown table. Run: python benchmarks/generation.py
+python benchmarks/generation.py [--rounds 9] [--save]
 """
 
-import argparse
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from measure import Report, arguments
 
 from sightline.generation import SampleConfig, sample_tokens
 from sightline.models import Decoder, DecoderConfig
@@ -43,46 +41,31 @@ def measure(model: Decoder, seed: int, use_cache: bool) -> list[float]:
     return [statistics.median(window) for window in seconds]
 
 
-def processor() -> str:
-    """The processor's name, which `platform` leaves out on Linux."""
-    about = Path("/proc/cpuinfo")
-    if about.exists():
-        for line in about.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time per token while writing, as a markdown table.")
-    parser.add_argument("--repetitions", type=int, default=7, help="default: 7")
-    repetitions = parser.parse_args().repetitions
+    options = arguments(__doc__ or "").parse_args()
     torch.manual_seed(0)
     model = Decoder(CONFIG).eval()
     runs: dict[str, list[list[float]]] = {name: [] for name in WAYS}
-    for repetition in range(-1, repetitions):
+    for turn in range(options.rounds + 1):
         for name, use_cache in WAYS.items():
-            result = measure(model, max(repetition, 0), use_cache)
-            if repetition >= 0:  # the one before warms up
+            result = measure(model, turn, use_cache)
+            if turn:  # the first round warms up
                 runs[name].append(result)
-
-    print(f"{processor()}, {torch.get_num_threads()} threads, {platform.system()}; ", end="")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}.\n")
-    print(f"Decoder of {model.num_parameters:,} parameters: {CONFIG.num_layers} layers, d_model {CONFIG.d_model},")
-    print(f"{CONFIG.num_heads} heads, {CONFIG.num_groups} groups, vocabulary {CONFIG.vocabulary}, float32, batch 1.\n")
-    print(f"Milliseconds a token, drawing included: median of {repetitions} repetitions, in each the median of the")
-    print(f"{WINDOW} tokens around the place; the places take their steps in turn. Ratio: token {PLACES[-1]} to token")
-    print(f"{PLACES[0]} within a repetition; median, least and greatest.")
-    print()
-    print("| | " + " | ".join(f"token {place}" for place in PLACES) + " | ratio |")
-    print("|---|" + "---|" * (len(PLACES) + 1))
+    report = Report("Time per token while writing (token 1,000 at most 1.3 times token 10, with the cache)")
+    report.say(
+        f"Decoder of {model.num_parameters:,} parameters: {CONFIG.num_layers} layers, d_model {CONFIG.d_model}, "
+        f"{CONFIG.num_heads} heads, {CONFIG.num_groups} groups, vocabulary {CONFIG.vocabulary}, float32, batch 1. "
+        f"Milliseconds a token, drawing included; a place is the median of {WINDOW} tokens around it, and the places "
+        f"take their steps in turn. Ratio within a round: median, least and greatest of {options.rounds}. "
+        "Not measured: a GPU, batches, bfloat16, reading a long prompt."
+    )
+    report.table("", *(f"token {place:,}" for place in PLACES), "ratio")
     for name, results in runs.items():
         cells = [f"{statistics.median(column) * 1e3:.2f}" for column in zip(*results, strict=True)]
         ratios = [result[-1] / result[0] for result in results]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
-    print()
-    print("Not measured: a GPU, batches, bfloat16, reading a long prompt.")
+        report.row(name, *cells, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    if options.save:
+        report.write("generation")
 
 
 if __name__ == "__main__":

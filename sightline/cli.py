@@ -219,7 +219,7 @@ def bench() -> None:
     from sightline.bench import timings
 
     console = Console(highlight=False)
-    console.print("Batch 1, 8 heads, width 64, causal, float32; medians in milliseconds; observe keeps every fact.")
+    print("Batch 1, 8 heads, width 64, causal, float32; medians in milliseconds; observe keeps every fact.")
     table = Table("tokens", "PyTorch SDPA", "attention", "observe", "eager with the same facts", box=None)
     for timing in timings():
         cells = (timing.sdpa, timing.attention, timing.observe, timing.eager)
