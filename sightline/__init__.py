@@ -72,7 +72,7 @@ _LATER = {
 }
 _NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "ShapeError", "Window"]
 
-__all__ = sorted([*_LATER, *_NOW, "attention", "observe"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_LATER, *_NOW, "attention", "observe"])  # pyright: ignore[reportUnsupportedDunderAll] (computed)
 
 
 def __getattr__(name: str) -> Any:

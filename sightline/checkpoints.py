@@ -168,7 +168,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
         raise ValueError(f"in {file}: {error}") from error
     if head["tokenizer"] is None:
         return config, None
-    return config, _read_tokenizer(folder / "tokenizer.json", config.vocabulary)
+    return config, _read_tokenizer(folder / "tokenizer.json", head["tokenizer"], config.vocabulary)
 
 
 def load_weights(model: Decoder, folder: Path) -> None:
@@ -186,6 +186,8 @@ def load_weights(model: Decoder, folder: Path) -> None:
                 f"expected {name} in {file} to have the shape {tuple(own[name].shape)} that config.json "
                 f"asks for, but it has {tuple(stored[name].shape)}: {_FOREIGN}"
             )
+        if not stored[name].is_floating_point():
+            raise ValueError(f"expected {name} in {file} to hold floats, but it holds {stored[name].dtype}: {_FOREIGN}")
     for name, tensor in own.items():
         tensor.data = stored[name].to(tensor.device)
 
@@ -198,7 +200,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     _expect_file(file)
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+            return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(
             f"expected {file} to be a whole safetensors file, but: {error}; "
@@ -248,13 +250,13 @@ def read_pointer(out: Path) -> dict[str, str]:
     return pointer
 
 
-def _read_tokenizer(file: Path, vocabulary: int) -> Tokenizer:
+def _read_tokenizer(file: Path, kind: object, vocabulary: int) -> Tokenizer:
     _expect_file(file)
     tokenizer = Tokenizer.load(file)
-    if len(tokenizer) != vocabulary:
+    if (tokenizer.kind, len(tokenizer)) != (kind, vocabulary):
         raise ValueError(
-            f"expected {file} to hold the {vocabulary} tokens that config.json asks for, got {len(tokenizer)}: "
-            "copy both from the same checkpoint"
+            f"expected {file} to hold the {vocabulary} tokens of the kind {kind!r} that config.json asks for, got "
+            f"{len(tokenizer)} of {tokenizer.kind!r}: copy both from the same checkpoint"
         )
     return tokenizer
 

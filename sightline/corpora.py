@@ -117,6 +117,8 @@ def open_corpus(source: str | Path, *, errors: Errors = "strict", cache: str | P
         return _one_text("embedded", [_embedded()], errors)
     if isinstance(source, str) and source in DOWNLOADS:
         return _downloaded(source, errors, cache_folder() if cache is None else Path(cache))
+    if source == "":
+        raise ValueError("the source is empty, expected the name of a file, a folder or a corpus: . is this folder")
     path = Path(source)
     if path.is_dir():
         return _folder(path, path.resolve().name, errors)

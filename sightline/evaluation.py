@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sightline.batches import TokenFile, windows
-from sightline.models import Decoder
+from sightline.models import Decoder, evaluating
 
 # Token ids counted at a time: bounds the memory of sorting, not of what is kept.
 _CHUNK = 1 << 22
@@ -87,18 +87,13 @@ def evaluate(
     context = min(context, len(tokens.ids) - 1)  # a shorter text is one window
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for inputs, targets in islice(windows(tokens, context=context, batch=batch), batches):
-                _expect_ids(targets, model.config.vocabulary)
-                logits = model(inputs.to(device)).flatten(0, 1).float()
-                losses = nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum")
-                total += losses.item()
-                count += targets.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for inputs, targets in islice(windows(tokens, context=context, batch=batch), batches):
+            _expect_ids(targets, model.config.vocabulary)
+            logits = model(inputs.to(device)).flatten(0, 1).float()
+            losses = nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum")
+            total += losses.item()
+            count += targets.numel()
     return _evaluation(total, count, tokens)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sightline.models import Decoder
+from sightline.models import Decoder, evaluating
 from sightline.tokenizers import Tokenizer
 
 # Text without a space, or a model that has learned only line ends, would otherwise never end a word.
@@ -194,9 +194,7 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
         generator.seed()
     else:
         generator.manual_seed(config.seed)
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         cache = model.new_cache() if use_cache else None
         unread, outgrown, count = window, False, 0
         while config.tokens is None or count < config.tokens:
@@ -207,17 +205,15 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
                 unread = window = window[-((context + 1) // 2) :]
                 if cache is not None:
                     cache.clear()
-            # Inference mode is left before the yield: it must not reach into the caller's code.
-            with torch.inference_mode():
+            # Left before the yield: it must not reach into the caller's code. Not inference_mode(): the tables of
+            # positions that a model makes on the way must serve its training too.
+            with torch.no_grad():
                 features = model.features(torch.tensor([unread], device=head.device), cache=cache)
                 token = _draw(F.linear(features[0, -1], head), config, generator)
             window.append(token)
             unread = window if cache is None else [token]
             count += 1
             yield token
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def _warn_outgrown(context: int) -> None:
@@ -279,11 +275,9 @@ def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
     lacking = tokenizer.unknown_words(prompt)
     if lacking:
         kind = tokenizer.kind
+        named = ", ".join(map(repr, lacking[:5])) + (f", ... ({len(lacking)} in all)" if len(lacking) > 5 else "")
         other = "choose other characters" if kind == "characters" else "choose others or write <unk> in their place"
-        raise ValueError(
-            f"the prompt may only use {kind} of the model's vocabulary, which lacks "
-            f"{', '.join(map(repr, lacking))}: {other}"
-        )
+        raise ValueError(f"the prompt may only use {kind} of the model's vocabulary, which lacks {named}: {other}")
     line_end = [] if tokenizer.unknown_words("\n") else tokenizer.encode("\n")
     return tokenizer.encode(prompt) or line_end or [0]
 

@@ -11,12 +11,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.attention import observe
 from sightline.layers import MultiHeadAttention
 from sightline.masks import Mask
-from sightline.models import Decoder
+from sightline.models import Decoder, evaluating
 from sightline.observation import LIMIT_BYTES, Observation
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def capture(
     chosen = _chosen(layers, len(modules))
     ids = _ids(model, text_or_tokens)
     recorders = [_Recorder(top=top, map_block=map_block) for _ in chosen]
-    with _evaluating(model), _observed([modules[layer] for layer in chosen], recorders):
+    with evaluating(model), _observed([modules[layer] for layer in chosen], recorders):
         model.features(torch.tensor([ids], device=model.embedding.weight.device))
     seen = [recorder.seen for recorder in recorders]
     tokens = _texts(model.tokenizer, ids)
@@ -302,18 +302,6 @@ def _observed(modules: Sequence[MultiHeadAttention], recorders: Sequence[_Record
     finally:
         for module, observer in zip(modules, before, strict=True):
             module.observer = observer
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; then each module's own mode again, which `model.train(...)` would level."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,17 +211,17 @@ class Run:
         model, tokenizer = read_config(path)
         _check_same("model", model.to_dict(), self.trainer.model.config.to_dict(), path)
         _check_tokenizer(tokenizer, self.trainer.model.tokenizer, path)
-        _check_same("text", _entry(state, "data", path), self.fingerprint, path)
+        _check_same("text", _entry(state, "data", path, dict), self.fingerprint, path)
         config = {**asdict(self.config), "betas": list(self.config.betas)}
-        _check_same("config", _entry(state, "config", path), config, path, may_change=_MAY_CHANGE)
+        _check_same("config", _entry(state, "config", path, dict), config, path, may_change=_MAY_CHANGE)
         load_weights(self.trainer.model, path)
-        self.trainer.restore(tensors, _entry(state, "step", path))
+        self.trainer.restore(tensors, _entry(state, "step", path, int))
         self.start = _evaluation(state, "start", path)
         self.best = _evaluation(state, "best", path)
         self.final = _evaluation(state, "final", path)
-        self.best_step = _entry(state, "best_step", path)
-        self.without_gain = _entry(state, "without_gain", path)
-        self.began -= _entry(state, "seconds", path)
+        self.best_step = _entry(state, "best_step", path, int | None)
+        self.without_gain = _entry(state, "without_gain", path, int)
+        self.began -= _entry(state, "seconds", path, int | float)
 
     # --- What happens, told ---------------------------------------------------------------------------
 
@@ -263,14 +263,23 @@ class Run:
         )
 
 
-def _entry(state: Mapping[str, Any], key: str, path: Path) -> Any:
+def _entry(state: Mapping[str, Any], key: str, path: Path, kind: Any) -> Any:
     if key not in state:
         raise ValueError(f"expected the key {key!r} in {path / 'training.json'}, but it is missing")
+    if not isinstance(state[key], kind):
+        raise ValueError(
+            f"expected {key!r} in {path / 'training.json'} to be {getattr(kind, '__name__', kind)}, got {state[key]!r}"
+        )
     return state[key]
 
 
 def _evaluation(state: Mapping[str, Any], key: str, path: Path) -> Evaluation | None:
-    values = _entry(state, key, path)
+    values = _entry(state, key, path, dict | None)
+    names = {field.name for field in fields(Evaluation)}
+    if values is not None and values.keys() != names:
+        raise ValueError(
+            f"expected {key!r} in {path / 'training.json'} to hold {', '.join(sorted(names))}, got {values!r}"
+        )
     return None if values is None else Evaluation(**values)
 
 

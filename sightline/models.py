@@ -6,7 +6,8 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -224,6 +225,18 @@ class Decoder(nn.Module):
                 module.bias.zero_()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; then each module's own mode again, which `model.train(...)` would level."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.no_grad()
 def check_causal(model: Decoder) -> None:
     """Change future tokens, and demand that the logits of the past do not move (beyond rounding).
@@ -241,9 +254,7 @@ def check_causal(model: Decoder) -> None:
     # An offset from 1 to vocabulary - 1: every future token becomes another one.
     other = (tokens + torch.randint(1, max(vocabulary, 2), (1, length), generator=generator)) % vocabulary
     tokens, other = tokens.to(device), other.to(device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(tokens)
         rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
         cuts = sorted({1, length - 1} | {2**power for power in range(1, length.bit_length())})
@@ -256,8 +267,6 @@ def check_causal(model: Decoder) -> None:
                     f"check_causal: the logits at position {int(moved.nonzero()[0])} moved when only tokens from "
                     f"position {cut} on changed; the model sees its future (or its logits are NaN)"
                 )
-    finally:
-        model.train(training)
 
 
 def _positions(config: DecoderConfig) -> Sinusoidal | Learned | None:

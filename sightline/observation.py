@@ -65,6 +65,7 @@ class Observation:
         """The pooled picture: sums and largest weights over blocks of `map_block` queries and keys."""
         return Map(self._fact("map_sum", "map_block=64"), self._fact("map_max", "map_block=64"))
 
+    @torch.no_grad()  # logsumexp carries none, so what flowed through the scores alone would be wrong
     def weights(
         self,
         *,
@@ -74,7 +75,7 @@ class Observation:
     ) -> Tensor:
         """Exact weights of a window, recomputed: exp(scale * q.k + bias - logsumexp), (batch heads queries keys).
 
-        Slices count from 0 and have no step; the default is the whole matrix.
+        Slices count from 0 and have no step; the default is the whole matrix. They carry no gradient.
 
         Raises:
             ValueError: the window would take more than `limit_bytes`, or a slice has a step.

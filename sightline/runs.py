@@ -33,7 +33,7 @@ from sightline.checkpoints import (
 from sightline.evaluation import Evaluation
 from sightline.models import Decoder
 
-# What a run that was stopped before its first checkpoint may have left: starting over loses nothing.
+# What a run that was stopped before its first checkpoint leaves: starting over loses nothing.
 _OURS = {"log.jsonl", "tokens"}
 
 
@@ -152,12 +152,20 @@ class RunFolder:
                     f"{self.out} holds a run at step {step}: add --resume to go on, or choose another --out"
                 )
             return pointer
+        steps = [path.name for path in self.out.glob("step-*") if STEP_FOLDER.fullmatch(path.name)]
+        if steps:
+            # Killed between the two renames of its first checkpoint, or checkpoint.json was lost: a step is whole.
+            newest = max(steps, key=lambda name: int(name.removeprefix("step-")))
+            raise ValueError(
+                f"expected checkpoint.json beside {newest} in {self.out}, but it is missing: to go on from there write "
+                f"it as {json.dumps({'best': newest, 'latest': newest})}, else choose another --out"
+            )
         if resume:
             raise ValueError(
                 f"expected a run to go on with, but {self.out} holds none: leave --resume out to start one"
             )
         if self.out.exists():
-            names = {path.name for path in self.out.iterdir() if not self._is_left_over(path.name)}
+            names = {path.name for path in self.out.iterdir() if not path.name.startswith(TEMPORARY)}
             if names - _OURS:
                 raise ValueError(
                     f"expected a new or empty folder, but {self.out} holds {min(names - _OURS)!r} and no run: "
@@ -165,13 +173,11 @@ class RunFolder:
                 )
         return {}
 
-    def _is_left_over(self, name: str) -> bool:
-        return name.startswith(TEMPORARY) or STEP_FOLDER.fullmatch(name) is not None
-
     def _clean(self) -> None:
         """Removes half-written files, and steps that are neither best nor latest."""
         for path in self.out.iterdir():
-            if self._is_left_over(path.name) and path.name not in (self.best, self.latest):
+            ours = path.name.startswith(TEMPORARY) or STEP_FOLDER.fullmatch(path.name)
+            if ours and path.name not in (self.best, self.latest):
                 if path.is_dir():
                     # A file that another program holds open is no reason to stop: the next save tries again.
                     shutil.rmtree(path, ignore_errors=True)
@@ -204,6 +210,7 @@ class RunFolder:
         name = f"step-{step}"
         folder = self.out / name
         best = name if best_step is None else f"step-{best_step}"
+        self._expect_own_pointer()
         if name not in (self.best, self.latest):
             shutil.rmtree(folder, ignore_errors=True)  # renamed by a writer that was stopped just then
             with whole(folder) as temporary:
@@ -215,21 +222,34 @@ class RunFolder:
         self._clean()
         return folder
 
+    def _expect_own_pointer(self) -> None:
+        """Two runs in one folder would remove each other's steps: the first to save keeps it."""
+        file = self.out / "checkpoint.json"
+        pointer = read_json(file) if file.exists() else {}
+        if (pointer.get("best"), pointer.get("latest")) != (self.best, self.latest):
+            raise ValueError(
+                f"expected {file} to name {self.latest or 'nothing'} as latest, got {pointer.get('latest')}: another "
+                "run writes into this folder and goes on; start this one again in another --out"
+            )
+
     def truncate_log(self, step: int) -> None:
         """Forgets the events after a step, which a resumed run will write again."""
         kept = []
-        for number, line in enumerate(self._log.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = self._log.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a kill cut this line short
+            except ValueError:  # both JSONDecodeError and UnicodeDecodeError
+                if number == len(lines):
+                    break  # a kill cut the last line short
+                event = None
             if not isinstance(event, dict) or not isinstance(event.get("step"), int):
                 raise ValueError(
-                    f"expected line {number} of {self._log} to be an event with a step, got {line[:80]!r}: "
-                    "remove the file, only the log is lost"
+                    f"expected line {number} of {self._log} to be an event with a step, got "
+                    f"{line[:80].decode(errors='replace')!r}: remove the file, only the log is lost"
                 )
             if event["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode("utf-8") + "\n")
         replace_text(self._log, "".join(kept))
 
     def log(self, event: Event) -> None:

@@ -58,8 +58,8 @@ class TrainConfig:
                 raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("steps", "batch", "evaluate_every", "evaluate_batches", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"expected a whole number of {name} of at least 1, got {value}")
         for name in ("minutes", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -73,8 +73,8 @@ class TrainConfig:
                 "expected shares warmup and cooldown of at least 0 that sum to at most 1, "
                 f"got {self.warmup} and {self.cooldown}"
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"expected betas of at least 0 and under 1, got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"expected two betas of at least 0 and under 1, got {self.betas}")
 
     @property
     def step_limit(self) -> int | None:

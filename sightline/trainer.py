@@ -160,17 +160,9 @@ class Trainer:
         """
         for name, parameter in self.model.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{name}.{key}")
-                if value is None or (key != "step" and value.shape != parameter.shape):
-                    came = "nothing" if value is None else f"the shape {tuple(value.shape)}"
-                    raise ValueError(
-                        f"expected the optimiser's state {name}.{key} of the shape {tuple(parameter.shape)}, "
-                        f"got {came}: the checkpoint's files belong to different models"
-                    )
-                self.optimizer.state[parameter][key] = value.to(self.device)
-        if "random.cpu" not in tensors:
-            raise ValueError("expected the random state random.cpu beside the optimiser's, but it is missing")
-        torch.set_rng_state(tensors["random.cpu"])
+                like = parameter if key != "step" else torch.tensor(0.0)
+                self.optimizer.state[parameter][key] = _stored(tensors, f"{name}.{key}", like).to(self.device)
+        torch.set_rng_state(_stored(tensors, "random.cpu", torch.get_rng_state()))
         # A run that moves to another kind of device goes on with that device's seeded state.
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
@@ -181,6 +173,17 @@ class Trainer:
     def fingerprint(self) -> dict[str, str]:
         """The sha256 of the ids of each split: what a resumed run must find again."""
         return {"train": _hash(self.train_tokens.ids), "valid": _hash(self.valid_tokens.ids)}
+
+
+def _stored(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    value = tensors.get(name)
+    if value is None or (value.shape, value.dtype) != (like.shape, like.dtype):
+        came = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
+        raise ValueError(
+            f"expected the training state {name} of shape {tuple(like.shape)} and {like.dtype}, got {came}: "
+            "the checkpoint's files belong to different models"
+        )
+    return value
 
 
 def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:

@@ -238,6 +238,12 @@ def test_a_tensor_of_another_shape(saved):
         load(saved)
 
 
+def test_a_tensor_of_whole_numbers(saved):
+    change_tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.zeros(16, dtype=torch.int32)}))
+    with pytest.raises(ValueError, match=r"norm.weight in .* to hold floats, but it holds torch.int32"):
+        load(saved)
+
+
 def change_config(folder, **changes):
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | changes
@@ -256,7 +262,8 @@ def change_config(folder, **changes):
         ({"d_ff": 99}, r"the shape \(99, 16\) that config.json asks for, but it has \(\d+, 16\)"),
         ({"format": 2}, r"to say format 1 and model 'decoder', got 2 and 'decoder'"),
         ({"format": "remove", "model": "remove"}, r"got None and None: it was written by another program"),
-        ({"vocabulary": 99}, r"to hold the 99 tokens that config.json asks for, got \d+"),
+        ({"vocabulary": 99}, r"to hold the 99 tokens of the kind '\w+' that config.json asks for, got \d+"),
+        ({"tokenizer": "words"}, r"tokens of the kind 'words' that config.json asks for, got \d+ of 'characters'"),
     ],
 )
 def test_a_bad_config(saved, changes, message):
@@ -284,7 +291,7 @@ def test_a_damaged_tokenizer(saved):
 def test_the_tokenizer_of_another_model(saved):
     other = Tokenizer.train("characters", ["abc"])
     other.save(saved / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"to hold the \d+ tokens that config.json asks for, got 4"):
+    with pytest.raises(ValueError, match=r"to hold the \d+ tokens of .* that config.json asks for, got 4"):
         load(saved)
 
 

@@ -134,6 +134,13 @@ def test_a_file_that_has_shrunk_is_an_error(tmp_path):
 # Bad bytes
 
 
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("some words " * 99, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the source is empty, .*: \. is this folder"):
+        open_corpus("")
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "tinyshakespeare.txt", "text")
     assert error_of(tmp_path / "tinyshakespear.txt").endswith(f"did you mean {tmp_path / 'tinyshakespeare.txt'}?")

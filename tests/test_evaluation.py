@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sightline import evaluation
 from sightline.batches import TokenFile
 from sightline.evaluation import Bigram, Evaluation, bigram, evaluate, unigram, unigram_probabilities
-from sightline.models import Decoder, DecoderConfig
+from sightline.models import Decoder, DecoderConfig, check_causal
 
 
 def token_file(ids, num_bytes=None, num_unknown=0):
@@ -177,3 +177,12 @@ def test_ids_beyond_the_vocabulary():
         unigram(token_file([1, 9]), token_file([1, 2]), 5)
     with pytest.raises(ValueError, match="ids under the vocabulary's 5, got 9"):
         bigram(token_file([1, 2]), token_file([1, 9]), 5)
+
+
+def test_the_mode_of_every_module_is_as_before():
+    model = Decoder(DecoderConfig(vocabulary=5, context=4, d_model=8, num_layers=2, num_heads=2, dropout=0.5))
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, token_file(np.arange(20) % 5))
+    check_causal(model)
+    assert [module.training for module in model.modules()] == before

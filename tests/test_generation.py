@@ -308,9 +308,15 @@ def test_dropout_is_off_while_tokens_are_drawn():
     assert training == list(sample_tokens(decoder(64).eval(), [1], config))
 
 
-def test_inference_mode_does_not_reach_the_caller():
+def test_switching_gradients_off_does_not_reach_the_caller():
     for _ in sample_tokens(decoder(16), [1], SampleConfig(tokens=2, seed=0)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_a_model_that_has_written_can_be_trained():
+    model = decoder(16).bfloat16()
+    list(sample_tokens(model, [1], SampleConfig(tokens=2, seed=0)))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -428,6 +434,11 @@ def test_without_a_prompt_or_line_ends_it_starts_after_the_first_token():
 def test_unknown_words_of_the_prompt_are_named():
     with pytest.raises(ValueError, match="lacks 'zebra', 'quagga': choose others or write <unk> in their place"):
         generate(scripted("words", "The cat"), "The zebra is quagga zebra")
+
+
+def test_of_many_unknown_words_a_few_are_named():
+    with pytest.raises(ValueError, match=r"'w3', 'w4', \.\.\. \(999 in all\): choose others"):
+        generate(scripted("words", "The cat"), "The " + " ".join(f"w{i}" for i in range(999)))
 
 
 def test_unknown_written_in_the_prompt_is_taken():

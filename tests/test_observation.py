@@ -146,6 +146,7 @@ def test_the_output_carries_the_gradient_of_attention_and_facts_none():
     case = [t.requires_grad_() for t in draw()]
     seen = observe(*case, Causal())
     assert not seen.entropy.requires_grad
+    assert not seen.weights().requires_grad
     got = torch.autograd.grad((seen.output**2).sum(), case)
     want = torch.autograd.grad((attention(*case, Causal()) ** 2).sum(), case)
     torch.testing.assert_close(got, want)

@@ -80,10 +80,10 @@ def test_nothing_to_resume(tmp_path, there):
 
 def test_somebody_elses_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years", encoding="utf-8")
-    (tmp_path / "step-3").mkdir()
+    (tmp_path / "tokens").mkdir()
     with pytest.raises(ValueError, match=r"new or empty folder, but .* holds 'thesis.txt' and no run"):
         RunFolder(tmp_path)
-    assert names(tmp_path) == ["step-3", "thesis.txt"]
+    assert names(tmp_path) == ["thesis.txt", "tokens"]
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -122,11 +122,30 @@ def test_what_a_killed_writer_left_is_cleaned(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_start_again(tmp_path):
-    for name in (".writing-step-9", "step-8", "tokens"):
+    for name in (".writing-step-9", "tokens"):
         (tmp_path / name).mkdir()
     (tmp_path / "log.jsonl").write_text("{}\n", encoding="utf-8")
     RunFolder(tmp_path)
     assert names(tmp_path) == ["log.jsonl", "tokens"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_steps_without_their_pointer_are_not_removed(tmp_path, resume):
+    for step in (9, 10):
+        save(RunFolder(tmp_path, resume=step == 10), step, 9)
+    (tmp_path / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint.json beside step-10 .* write it as {\"best\": \"step-10\", "):
+        RunFolder(tmp_path, resume=resume)
+    assert names(tmp_path) == ["log.jsonl", "step-10", "step-9"]
+
+
+def test_the_second_of_two_runs_in_one_folder_stops(tmp_path):
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    save(first, 3, 3)
+    with pytest.raises(ValueError, match=r"to name nothing as latest, got step-3: another run writes"):
+        save(second, 3, 3)
+    save(first, 4, 3)
+    assert names(tmp_path) == ["checkpoint.json", "log.jsonl", "step-3", "step-4"]
 
 
 @pytest.mark.parametrize("part", ["write_model", "save_file", "write_json", "replace_text"])
@@ -169,8 +188,9 @@ def test_the_log_forgets_what_comes_again(tmp_path):
     assert json.loads(lines[0]) == {"event": "saved", "step": 0, "folder": "x", "seconds": 0.5}
 
 
-def test_a_foreign_log_is_an_error(tmp_path):
+@pytest.mark.parametrize("content", [b"[1]\n", b"{]\n[1]\n", b"\xff\n{}\n"])
+def test_a_foreign_log_is_an_error(tmp_path, content):
     folder = RunFolder(tmp_path)
-    (tmp_path / "log.jsonl").write_text("[1]\n", encoding="utf-8")
+    (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"line 1 of .*log.jsonl to be an event with a step"):
         folder.truncate_log(2)

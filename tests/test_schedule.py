@@ -27,6 +27,8 @@ shares = st.floats(0, 1)
         ({"evaluate_every": 0}, "evaluate_every of at least 1, got 0"),
         ({"evaluate_batches": 0}, "evaluate_batches of at least 1, got 0"),
         ({"patience": 0}, "patience of at least 1, got 0"),
+        ({"steps": 2.5}, "a whole number of steps of at least 1, got 2.5"),
+        ({"betas": (0.9,)}, r"two betas of at least 0 and under 1, got \(0.9,\)"),
         ({"seed": -1}, "a seed from 0 to"),
         ({"precision": "float16"}, "precision to be one of auto, float32, bfloat16, got 'float16'"),
         ({"device": "gpu"}, "device to be one of auto, cpu, cuda, mps, got 'gpu'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sightline import loop, runs, schedule, trainer
 from sightline.batches import TokenFile, TokenizedCorpus
@@ -325,6 +326,36 @@ def test_a_damaged_state_is_named(tmp_path, name, damage):
         fit(decoder(), DATA, tmp_path, CONFIG, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("step", "abc", r"'step' in .*training.json to be int, got 'abc'"),
+        ("seconds", None, r"'seconds' in .*training.json to be int \| float, got None"),
+        ("data", "x", r"'data' in .*training.json to be dict, got 'x'"),
+        ("config", [], r"'config' in .*training.json to be dict, got \[\]"),
+        ("best_step", "2", r"'best_step' in .*training.json to be int \| None, got '2'"),
+        ("start", {"a": 1}, r"'start' in .*training.json to hold bytes, loss, tokens, unknown, got {'a': 1}"),
+    ],
+)
+def test_a_foreign_state_is_named(tmp_path, key, value, message):
+    fit(decoder(), DATA, tmp_path, replace(CONFIG, steps=2))
+    file = tmp_path / "step-2" / "training.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        fit(decoder(), DATA, tmp_path, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("name", ["random.cpu", "embedding.weight.step", "embedding.weight.exp_avg"])
+@pytest.mark.parametrize("tensor", [None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8)])
+def test_a_foreign_tensor_of_the_state_is_named(tmp_path, name, tensor):
+    fit(decoder(), DATA, tmp_path, replace(CONFIG, steps=2))
+    file = tmp_path / "step-2" / "training.safetensors"
+    tensors = {**load_file(file), name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, file)
+    with pytest.raises(ValueError, match=f"expected the training state {name} of shape"):
+        fit(decoder(), DATA, tmp_path, CONFIG, resume=True)
+
+
 # --- What goes wrong -------------------------------------------------------------------------------------
 
 
@@ -504,13 +535,19 @@ def test_bad_arguments_are_known_before_any_work(tmp_path, text, arguments, mess
     ("arguments", "message"),
     [
         ({"tokenizer": "bpe"}, r"the tokenizer of the run in .*, characters, got bpe"),
-        ({"vocabulary": 99}, r"the vocabulary of the run in .*, \d+, got 99"),
+        ({"vocabulary": 4}, r"at least the 14 tokens of the run in .*, got vocabulary 4"),
     ],
 )
 def test_a_run_keeps_its_vocabulary(tmp_path, text, arguments, message):
     train(text, tmp_path / "run", **FROM_TEXT, config=replace(CONFIG, steps=1))
     with pytest.raises(ValueError, match=message):
         train(text, tmp_path / "run", **{**FROM_TEXT, **arguments}, config=CONFIG, resume=True)
+
+
+def test_the_same_command_goes_on_where_the_text_has_fewer_tokens_than_asked_for(tmp_path, text):
+    arguments = {**FROM_TEXT, "vocabulary": 99}
+    train(text, tmp_path / "run", **arguments, config=replace(CONFIG, steps=1))
+    assert train(text, tmp_path / "run", **arguments, config=replace(CONFIG, steps=2), resume=True).steps == 2
 
 
 def test_text_that_changed_cannot_be_resumed(tmp_path, text):
