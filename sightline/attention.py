@@ -208,7 +208,7 @@ def choose(
     """
     if implementation not in ("auto", "cpu"):
         return _asked_for(implementation, observing, plain=softcap is None and sinks is None)
-    refusal = cpu.refusal(query, key, value, _numbers(mask), sinks=sinks, dropout=dropout)
+    refusal = cpu.refusal(query, value, _numbers(mask), dropout=dropout)
     if implementation == "cpu":
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")

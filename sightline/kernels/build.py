@@ -19,19 +19,35 @@ from pathlib import Path
 NATIVE = Path(__file__).parent / "native"
 LIBRARY = Path(__file__).parent / "libsightline.so"
 
-COMMON = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-    "-Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized"  # g++ 12's own vector headers
-).split()
-KERNEL = "-ffp-contract=off -fno-exceptions -fno-math-errno -fno-trapping-math".split()
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-warning-option",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
+KERNEL = ["-ffp-contract=off", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math"]
 """Fused multiply-adds stand in the source: where the compiler chose them, two ways through the code could differ."""
-TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY".split()
+TORCH = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 INSTRUCTIONS = {
     "baseline": [],
-    "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512".split(),
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1".split()
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
 def find_compiler() -> str | None:

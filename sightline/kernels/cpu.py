@@ -1,16 +1,18 @@
 """The native CPU kernel: attention, and attention that says what it saw, in one pass and O(N) memory.
 
-The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is two torch operators
-without gradients, `sightline::forward` and `sightline::observe`. Masks come as plain numbers and tensors.
-float32, bfloat16 and float16, computed in float32.
+The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is three torch operators,
+`sightline::forward`, `sightline::backward` and `sightline::observe`, joined by an autograd function. (Registering
+the gradient with the operator costs every call ten times what the function costs a differentiated one.)
+Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
 
 import ctypes
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +86,7 @@ def probe(rounds: int, threads: int) -> int:
     return rounds * threads * lanes * 12
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, masks: Masks, *, sinks: Tensor | None, dropout: float) -> str:
+def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> str:
     """Why the kernel cannot compute a call, and what would help; empty where it can."""
     if query.device.type != "cpu":
         return f"it runs on the CPU, and query is on {query.device}"
@@ -96,10 +98,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, masks: Masks, *, sinks: T
         return "it has no dropout"
     if not query.shape[-1] or not value.shape[-1]:
         return "it needs a width of at least 1"
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, sinks, masks.bias, masks.slopes)
-    ):
-        return "it gives no gradient"
+    if _differentiates(masks.bias, masks.slopes):
+        return "it gives bias and slopes no gradient; detach them or use 'tiled'"
     return ""
 
 
@@ -118,6 +118,8 @@ def attention(
     In memory the output is (batch queries heads value_width): joining heads after it copies nothing.
     """
     arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
+    if _differentiates(query, key, value, sinks):
+        return cast(Tensor, _Attention.apply(*arguments))
     return torch.ops.sightline.forward.default(*arguments)[0]
 
 
@@ -144,6 +146,34 @@ def observe(
     names = ("top_weights", "top_keys", "received", "map_sum", "map_max")
     wanted = (top, top, received, map_block, map_block)
     return facts | {name: fact for name, fact, want in zip(names, switched, wanted, strict=True) if want}
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps output and logsumexp: the weights are recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, logsumexp = torch.ops.sightline.forward.default(*arguments)
+        ctx.save_for_backward(output, logsumexp, *arguments[:8])
+        ctx.numbers = arguments[8:]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        *by_input, row_sums = torch.ops.sightline.backward.default(grad, *saved, *ctx.numbers)
+        logsumexp, sinks, to_sinks = saved[1], saved[9], None
+        if ctx.needs_input_grad[7]:
+            # A sink has no value: its gradient is its weight times (0 - grad_output . output), over all rows.
+            weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
+            to_sinks = -(weights * row_sums).sum(dim=(0, 2))
+        return *by_input, None, None, None, None, to_sinks, None, None, None, None
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _arguments(
@@ -182,6 +212,12 @@ if _library is not None:
     @torch.library.register_fake("sightline::forward")
     def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return _empty_output(query, value), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("sightline::backward")
+    def _(
+        grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    ) -> tuple[Tensor, ...]:
+        return _empty_output(query, query), _empty_output(key, key), _empty_output(value, value), logsumexp.clone()
 
     @torch.library.register_fake("sightline::observe")
     def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:

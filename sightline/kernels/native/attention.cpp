@@ -344,6 +344,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {output, logsumexp, entropy, distance, sink, top_weights, top_keys, to_keys, map_sum, map_max};
 }
 
+// ---- backward ----
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Maybe& lengths, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
+    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap) {
+  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+  for (const Tensor* rows : {&grad_output, &output})
+    STD_TORCH_CHECK(rows->is_cpu() && rows->dim() == 4 && rows->scalar_type() == query.scalar_type() &&
+                        rows->size(0) == call.batch && rows->size(1) == call.heads && rows->size(2) == call.queries &&
+                        rows->size(3) == call.value_width && (rows->size(3) <= 1 || rows->stride(3) == 1),
+                    "sightline: grad_output and output must be (batch heads queries value_width), last stride 1");
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
+                      logsumexp.numel() == call.batch * call.heads * call.queries,
+                  "sightline: logsumexp must be float32 (batch heads queries)");
+  ScalarType dtype = query.scalar_type();
+  Tensor grad_query = empty_rows(call.batch, call.heads, call.queries, call.width, dtype);
+  Tensor grad_key = empty_rows(call.batch, call.groups, call.keys, call.width, dtype);
+  Tensor grad_value = empty_rows(call.batch, call.groups, call.keys, call.value_width, dtype);
+  Tensor row_sums = empty({call.batch, call.heads, call.queries});
+  call.grad_output = strided(grad_output), call.output = strided(output);
+  call.logsumexp = floats(logsumexp), call.row_sums = floats(row_sums);
+  call.grad_query = strided(grad_query), call.grad_key = strided(grad_key), call.grad_value = strided(grad_value);
+
+  const Kernels& kernels = *chosen.load();
+  constexpr int64_t kShares = 8;
+  BackwardPlan plan = {};
+  plan.blocks = ceil_div(call.queries, kernels.backward_rows);
+  plan.shares = std::clamp<int64_t>(ceil_div(call.keys, kernels.backward_tile), 1, kShares);
+  kernels.plan_backward(call, plan);
+  int64_t heads = call.batch * call.heads, packed = heads * plan.blocks * plan.packed_block;
+  Lease lease(shared_arena);
+  plan.packed = lease.floats(packed + heads * plan.shares * plan.partial_head + 16);
+  plan.partial = plan.packed + packed;
+  double rows_work = 4.0 * (double)packed;
+  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.pack_rows(call, plan, unit); });
+  share_out(call.batch * call.groups * plan.shares, 2.5 * multiply_adds(call) + 1, kernels.backward_scratch(call),
+            [&](int64_t unit, float* own) { kernels.backward(call, plan, unit, own); });
+  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.gather_queries(call, plan, unit); });
+  return {grad_query, grad_key, grad_value, row_sums};
+}
+
 }  // namespace
 }  // namespace sightline
 
@@ -356,11 +398,16 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, int top, bool received, "
       "int map_block, int sink_keys) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
+      "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
+      "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("forward", TORCH_BOX(&sightline::forward));
   library.impl("observe", TORCH_BOX(&sightline::observe));
+  library.impl("backward", TORCH_BOX(&sightline::backward));
 }
 
 // For tests, the doctor and the benchmark, through ctypes.

@@ -8,8 +8,6 @@
 namespace sightline {
 namespace {
 
-constexpr int kRowVectors = (kRows + kLanes - 1) / kLanes * kLanes;  // room for one number a row, in whole vectors
-
 struct Block {
   const Call& call;
   const Plan& plan;
@@ -17,7 +15,7 @@ struct Block {
   int64_t first, rows;   // rows [first, first + rows) of the folded head
   int64_t row_groups;
   Row* row;
-  float* query;  // (row group, width, kRows), scaled
+  float* query;  // (row group, width, kRowStride), scaled
   State state;
 };
 
@@ -29,7 +27,7 @@ INLINE int64_t strip_tile(int64_t rows) { return row_groups_of(rows) * kRows * k
 static Block carve_block(Scratch& scratch, const Call& call, const Plan& plan, int64_t rows) {
   Block block{call, plan, 0, 0, 0, 0, 0, nullptr, nullptr, {}};
   block.row = (Row*)scratch.indices(rows * (int64_t)(sizeof(Row) / 8));
-  block.query = scratch.floats(row_groups_of(rows) * call.width * kRows);
+  block.query = scratch.floats(row_groups_of(rows) * call.width * kRowStride);
   return block;
 }
 
@@ -41,19 +39,11 @@ static void open_block(Block& block, int64_t batch, int64_t head, int64_t first,
   const Strided& query = call.query;
   by_dtype(call.dtype, query.data, [&](auto* data) {
     data += batch * query.batch;
-    float line[kLanes];
     for (int64_t g = 0; g < block.row_groups; ++g) {
       int64_t begin = first_of(block, g), count = first_of(block, g + 1) - begin;
-      float* out = block.query + g * call.width * kRows;
-      for (int64_t r = 0; r < count; ++r) {
-        auto* from = data + block.row[begin + r].head * query.head + block.row[begin + r].query * query.row;
-        for (int64_t j = 0; j < call.width; j += kLanes) {
-          int wide = (int)least(kLanes, call.width - j);
-          V x = wide == kLanes ? load(from + j) : load_some(from + j, wide);
-          store(line, mul(x, splat(call.scale)));
-          for (int i = 0; i < wide; ++i) out[(j + i) * kRows + r] = line[i];
-        }
-      }
+      const Row* row = block.row + begin;
+      pack_transposed([&](int64_t i) { return data + row[i].head * query.head + row[i].query * query.row; }, count,
+                      call.width, call.scale, block.query + g * call.width * kRowStride, kRowStride, kRowStride);
     }
   });
 }
@@ -94,11 +84,11 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     return;
   }
   int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
-  multiply_in_chains<1, kRows>(count, block.query + row_group * call.width * kRows, keys + left * call.width,
-                               kPanel * call.width, call.width, scores + left, kTile, right - left);
+  multiply_in_chains<1, kRowStride>(count, block.query + row_group * call.width * kRowStride, keys + left * call.width,
+                                    kPanel * call.width, call.width, scores + left, kTile, right - left);
 
-  float now[kRowVectors], was[kRowVectors], factor[kRowVectors];
-  for (int r = 0; r < kRowVectors; ++r) now[r] = was[r] = 0;
+  float now[kRowStride], was[kRowStride], factor[kRowStride];
+  for (int r = 0; r < kRowStride; ++r) now[r] = was[r] = 0;
   for (int64_t r = 0; r < count; ++r) {
     float* line = scores + r * kTile;
     int64_t start = row[r].start - first, stop = row[r].stop - first;
@@ -119,7 +109,7 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     was[r] = state.largest[begin + r];
     now[r] = was[r] > largest ? was[r] : largest;
   }
-  for (int r = 0; r < kRowVectors; r += kLanes) {
+  for (int r = 0; r < kRowStride; r += kLanes) {
     V shift = load(now + r);
     shift = where_less(splat(-kInfinity), shift, shift, zero());  // nothing seen yet: -inf - -inf would be NaN
     store(factor + r, exp(sub(load(was + r), shift)));
@@ -170,8 +160,7 @@ static void attend_tiles(Block& block, int64_t from, int64_t to, float* memory, 
       if (!ready) {
         Columns seen = seen_columns(block, g, tile);
         if (seen.begin < seen.end) {
-          pack_keys(call, block.batch, group, tile, keys);
-          pack_values(call, block.batch, group, tile, values);
+          pack_tile(call, block.batch, group, tile, keys, values);
           ready = true;
         }
       }
@@ -335,8 +324,7 @@ static void pack(const Call& call, const Plan& plan, int64_t unit) {
   int64_t batch = unit / tiles / call.groups;
   float* out = plan.packed + (batch * call.groups + group) * plan.packed_group;
   out += tile * (key_floats(call) + value_floats(call));
-  pack_keys(call, batch, group, tile, out);
-  pack_values(call, batch, group, tile, out + key_floats(call));
+  pack_tile(call, batch, group, tile, out, out + key_floats(call));
 }
 
 static int64_t partial_state(const Call& call, const Plan& plan) {

@@ -1,7 +1,7 @@
 // Everything that one instruction set computes. This file is compiled once for each, with its own flags and
 // SIGHTLINE_ISA, its name. All of it has internal linkage and it includes no header of the standard library or of
 // torch: an inline function that two such files share would be kept once by the linker, in either's instructions.
-#include "forward.h"
+#include "backward.h"
 
 namespace sightline {
 namespace {
@@ -24,7 +24,8 @@ void probe(int64_t rounds, float* out) {
 #define TEXT(x) TEXT_OF(x)
 extern const Kernels NAME(SIGHTLINE_ISA);
 const Kernels NAME(SIGHTLINE_ISA) = {
-    TEXT(SIGHTLINE_ISA), kRows,  packed_group, partial_state, strip_floats, scratch_floats,
-    pack,                attend, merge,        gather,        nullptr,      probe,
+    TEXT(SIGHTLINE_ISA), kRows,     packed_group,  partial_state,    strip_floats,   scratch_floats, pack, attend, merge,
+    gather,              kBackRows, kBackTile,     plan_backward,    backward_scratch, pack_row_block,
+    backward,            gather_queries, probe,
 };
 }  // namespace sightline

@@ -46,9 +46,10 @@ static void transpose(const V (&in)[kLanes], float* out, int64_t out_row) {
 #endif
 }
 
-// rows x columns of `from` as out[column * out_row + row], rows padded with zeros to `padded`, a multiple of kLanes.
-template <typename T>
-static void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t columns, float* out, int64_t out_row,
+// rows x columns as out[column * out_row + row], times `scale`; rows padded with zeros to `padded`, a multiple of
+// kLanes. row(i) points at the i-th row.
+template <typename RowAt>
+static void pack_transposed(const RowAt& row, int64_t rows, int64_t columns, float scale, float* out, int64_t out_row,
                             int64_t padded) {
   for (int64_t i = 0; i < padded; i += kLanes)
     for (int64_t j = 0; j < columns; j += kLanes) {
@@ -56,8 +57,8 @@ static void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t
       V square[kLanes];
       for (int k = 0; k < kLanes; ++k) {
         if (i + k >= rows) square[k] = zero();
-        else if (wide == kLanes) square[k] = load(from + (i + k) * stride + j);
-        else square[k] = load_some(from + (i + k) * stride + j, wide);
+        else if (wide == kLanes) square[k] = mul(load(row(i + k) + j), splat(scale));
+        else square[k] = mul(load_some(row(i + k) + j, wide), splat(scale));
       }
       if (wide == kLanes) {
         transpose(square, out + j * out_row + i, out_row);
@@ -69,15 +70,18 @@ static void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t
     }
 }
 
-// rows x columns of `from` as panels: out[(column / kPanel) * panel_floats + row * kPanel + column % kPanel].
+// rows x columns of `from`, times `scale`, as panels:
+// out[(column / kPanel) * panel_floats + row * kPanel + column % kPanel].
 template <typename T>
-static void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, float* out, int64_t panel_floats) {
+static void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, float scale, float* out,
+                      int64_t panel_floats) {
   for (int64_t j = 0; j < columns; j += kPanel, out += panel_floats)
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < kPanel; k += kLanes) {
         int wide = (int)least(kLanes, columns - j - k);
         const T* row = from + i * stride + j + k;
-        store(out + i * kPanel + k, wide == kLanes ? load(row) : wide > 0 ? load_some(row, wide) : zero());
+        V x = wide == kLanes ? load(row) : wide > 0 ? load_some(row, wide) : zero();
+        store(out + i * kPanel + k, mul(x, splat(scale)));
       }
 }
 
@@ -97,26 +101,31 @@ INLINE T* writable(const T* data) {
 INLINE int64_t key_floats(const Call& call) { return kTile * call.width; }  // of one packed tile
 INLINE int64_t value_floats(const Call& call) { return kTile * round_up(call.value_width, kPanel); }
 
-// The keys of a tile as panels of kPanel keys, (panel, width, key).
-static void pack_keys(const Call& call, int64_t batch, int64_t group, int64_t tile, float* out) {
-  const Strided& key = call.key;
-  int64_t first = tile * kTile, keys = least(kTile, call.keys - first);
-  by_dtype(call.dtype, key.data, [&](auto* data) {
-    data += batch * key.batch + group * key.head;
-    for (int64_t k = 0; k < keys; k += kPanel)
-      pack_transposed(data + (first + k) * key.row, key.row, least(kPanel, keys - k), call.width,
-                      out + k * call.width, kPanel, kPanel);
+// Rows [first, first + rows) of one head as panels of kPanel rows, (panel, column, row).
+static void pack_as_columns(Dtype dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
+                            int64_t columns, float* out) {
+  by_dtype(dtype, from.data, [&](auto* data) {
+    data += batch * from.batch + head * from.head + first * from.row;
+    for (int64_t k = 0; k < rows; k += kPanel)
+      pack_transposed([&](int64_t i) { return data + (k + i) * from.row; }, least(kPanel, rows - k), columns, 1.0f,
+                      out + k * columns, kPanel, kPanel);
   });
 }
 
-// The values of a tile as panels of kPanel columns, (panel, key, column).
-static void pack_values(const Call& call, int64_t batch, int64_t group, int64_t tile, float* out) {
-  const Strided& value = call.value;
-  int64_t first = tile * kTile, keys = least(kTile, call.keys - first);
-  by_dtype(call.dtype, value.data, [&](auto* data) {
-    data += batch * value.batch + group * value.head + first * value.row;
-    pack_rows(data, value.row, keys, call.value_width, out, kTile * kPanel);
+// Rows [first, first + rows) of one head as panels of kPanel columns, (panel, row, column).
+static void pack_as_rows(Dtype dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
+                         int64_t columns, float scale, float* out, int64_t panel_floats) {
+  by_dtype(dtype, from.data, [&](auto* data) {
+    data += batch * from.batch + head * from.head + first * from.row;
+    pack_rows(data, from.row, rows, columns, scale, out, panel_floats);
   });
+}
+
+// A tile of the forward: keys as panels of keys, values as panels of columns.
+static void pack_tile(const Call& call, int64_t batch, int64_t group, int64_t tile, float* keys, float* values) {
+  int64_t first = tile * kTile, count = least(kTile, call.keys - first);
+  pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, keys);
+  pack_as_rows(call.dtype, call.value, batch, group, first, count, call.value_width, 1.0f, values, kTile * kPanel);
 }
 
 }  // namespace

@@ -46,10 +46,10 @@ struct Call {
   float* map_max;
   int64_t top, map_block, sink_keys;
 
-  // Backward only.
+  // Backward only; `output` is then an input.
   Strided grad_output;
-  const float* row_sums;                         // (batch heads queries): grad_output . output
-  Strided grad_query, grad_key, grad_value;      // contiguous, of the inputs' dtype
+  float* row_sums;                           // (batch heads queries): grad_output . output
+  Strided grad_query, grad_key, grad_value;  // columns stand together
 };
 
 // How a forward call is cut into units of work that need nothing of one another. It never changes a bit of the
@@ -72,6 +72,16 @@ struct Plan {
   float* shared_received; // (batch heads shares keys)
 };
 
+// How a backward call is cut. The number of shares depends on the number of keys alone, for it orders sums.
+struct BackwardPlan {
+  int64_t blocks;       // of rows, a head
+  int64_t shares;       // of a group's key tiles: tile i belongs to share i % shares
+  float* packed;        // queries and gradients of all heads in the kernel's layouts
+  int64_t packed_block; // floats a block of rows
+  float* partial;       // (batch heads shares queries padded width): what each share gives to the queries' gradient
+  int64_t partial_head; // floats a head and share
+};
+
 // The work of one instruction set. `unit` counts from 0; `scratch` is 64-byte aligned and private to the worker.
 struct Kernels {
   const char* name;
@@ -84,7 +94,13 @@ struct Kernels {
   void (*attend)(const Call&, const Plan&, int64_t unit, float* scratch);    // (batch, folded head, block or chunk)
   void (*merge)(const Call&, const Plan&, int64_t unit, float* scratch);     // (batch, folded head)
   void (*gather)(const Call&, const Plan&, int64_t unit);                    // (batch, head): received
+  int64_t backward_rows;   // of a block
+  int64_t backward_tile;   // keys
+  void (*plan_backward)(const Call&, BackwardPlan&);  // fills packed_block and partial_head
   int64_t (*backward_scratch)(const Call&);
+  void (*pack_rows)(const Call&, const BackwardPlan&, int64_t unit);               // (batch, head, block)
+  void (*backward)(const Call&, const BackwardPlan&, int64_t unit, float* scratch);  // (batch, group, share)
+  void (*gather_queries)(const Call&, const BackwardPlan&, int64_t unit);          // (batch, head, block)
   void (*probe)(int64_t rounds, float* out);  // independent fused multiply-adds, for the benchmark's ceiling
 };
 

@@ -187,7 +187,8 @@ INLINE void store(float16* p, V x) { for (int i = 0; i < 4; ++i) narrow(p + i, x
 
 #endif
 
-constexpr int kPanel = 2 * kLanes;  // columns that a microkernel computes at once
+constexpr int kPanel = 2 * kLanes;                                // columns that a microkernel computes at once
+constexpr int kRowStride = (kRows + kLanes - 1) / kLanes * kLanes;  // from one depth to the next of interleaved rows
 
 template <typename Half>
 INLINE V load_some(const Half* p, int n) {
