@@ -19,6 +19,8 @@ enum class Into {
   scaled,   // C * factor[r] is added to: the online softmax's rescaling, free of a pass of its own
 };
 
+constexpr int kAhead = 8;  // steps of depth
+
 // A(r, k) = a[r * kRowStep + k * kDepthStep]: rows that stand one after another, or interleaved.
 template <int kCount, int kVectors, int kRowStep, int kDepthStep, Into kInto>
 static void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t c_row, const float* factor) {
@@ -31,6 +33,9 @@ static void multiply_rows(const float* a, const float* b, int64_t depth, float* 
     V panel[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) panel[j] = load(b + k * kPanel + j * kLanes);
+    // The panel comes from L2, whose latency is longer than what waits in the scheduler.
+    __builtin_prefetch(b + (k + kAhead) * kPanel);
+    __builtin_prefetch(b + (k + kAhead) * kPanel + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r) {
       V x = splat(a[r * kRowStep + k * kDepthStep]);

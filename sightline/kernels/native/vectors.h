@@ -203,14 +203,17 @@ INLINE void store_some(Half* p, V x, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-// e^x for x up to 88, within an ulp; 0 below -87.33, where the result would be subnormal (and slow); NaN
-// stays. x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts keeps r exact; e^r is a polynomial fitted by Remez's
-// exchange to the relative error.
+// e^x for x up to 88; 0 below -87.33, where the result would be subnormal (and slow); NaN stays. x = n ln 2 + r with
+// |r| <= ln 2 / 2, and e^r is a polynomial of least relative error. Within an ulp for n = 0, and one more for every 64
+// of n: ln 2 is one float, because a weight of e^-44 may be wrong in its seventh digit.
 INLINE V exp(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   V n = sub(fma(x, splat(1.44269504f), magic), magic);
-  V r = fnma(n, splat(0.693145752f), x);
-  r = fnma(n, splat(1.42860677e-6f), r);
+#if defined(__FMA__)
+  V r = fnma(n, splat(0.693147182f), x);
+#else  // the product is rounded: n times the short first part of ln 2 is exact
+  V r = fnma(n, splat(1.42860677e-6f), fnma(n, splat(0.693145752f), x));
+#endif
   V y = splat(1.384360675e-3f);
   y = fma(y, r, splat(8.374195644e-3f));
   y = fma(y, r, splat(4.166800473e-2f));
