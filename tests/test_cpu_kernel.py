@@ -221,7 +221,7 @@ def test_bits_do_not_depend_on_runs_threads_strides_or_company(shape, threads):
     strided = Case(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in case))
     assert_same_bits(everything(strided, Causal()), first)
     scattered = Case(*(torch.stack([t, t], dim=-1)[..., 0] for t in case))
-    assert not scattered.key.stride(-1) == 1
+    assert scattered.key.stride(-1) != 1
     assert_same_bits(everything(scattered, Causal()), first)
     alone = everything(Case(*(t[:1] for t in case)), Causal())
     assert_same_bits(alone, [t[:1] for t in first])
@@ -387,7 +387,7 @@ def test_asking_for_what_it_has_not_is_an_error(options, message):
 def test_without_the_library_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(cpu, "MISSING", f"the native kernel is not built; {cpu.HOW_TO_GET_IT}")
     case = draw(dtype=torch.float32)
-    with pytest.raises(ValueError, match="python -m sightline.kernels.build"):
+    with pytest.raises(ValueError, match=r"python -m sightline\.kernels\.build"):
         native(case)
     assert sl.attention(*case).shape == (2, 4, 7, 5)
 

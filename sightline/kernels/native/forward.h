@@ -118,16 +118,13 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     int64_t i = begin + r;
     float shift = now[r] == -kInfinity ? 0 : now[r];
     Sums sums = exponentiate<kSeeing>(scores + r * kTile, left, right, shift, (float)(row[r].position - first));
+    join<kSeeing>(state, i, was[r], now[r], factor[r], sums);
     if constexpr (kSeeing) {
-      float rise = was[r] == -kInfinity ? 0 : was[r] - now[r];
-      state.moment[i] = factor[r] * (state.moment[i] + rise * state.total[i]) + sums.moment;
-      state.distance[i] = factor[r] * state.distance[i] + sums.distance;
       float sink = 0;
       for (int64_t k = left; k < least(right, call.sink_keys - first); ++k) sink += scores[r * kTile + k];
       state.sink[i] = factor[r] * state.sink[i] + sink;
       if (used) used[i] = shift;
     }
-    state.total[i] = factor[r] * state.total[i] + sums.total;
     state.largest[i] = now[r];
   }
   multiply<kTile, 1, Into::scaled>(count, scores + seen.begin, values + seen.begin * kPanel, kTile * kPanel,
@@ -177,8 +174,8 @@ static void finish_rows(Block& block) {
   const Strided& output = call.output;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row& row = block.row[r];
-    float shrink = 1, total = state.total[r], largest = state.largest[r], seen = total;
-    float moment = block.plan.seeing ? state.moment[r] : 0;
+    float shrink = 1, total = sum_lanes(load(state.total + r * kLanes)), largest = state.largest[r], seen = total;
+    float moment = block.plan.seeing ? sum_lanes(load(state.moment + r * kLanes)) : 0;
     if (call.sinks) {
       float sink = call.sinks[row.head];
       float now = largest > sink ? largest : sink;
@@ -191,7 +188,7 @@ static void finish_rows(Block& block) {
       }
     }
     float inverse = total == 0 ? 0 : 1 / total;
-    state.largest[r] = largest, state.total[r] = total;
+    state.largest[r] = largest, state.inverse[r] = inverse;
     int64_t at = (block.batch * call.heads + row.head) * call.queries + row.query;
     float log_total = total == 0 ? 0 : __builtin_logf(total);
     call.logsumexp[at] = total == 0 ? -kInfinity : largest + log_total;
@@ -209,7 +206,7 @@ static void finish_rows(Block& block) {
     if (!block.plan.seeing) continue;
     float entropy = seen * inverse * log_total - moment * inverse;
     call.entropy[at] = entropy < 0 ? 0 : entropy;
-    call.distance[at] = state.distance[r] * shrink * inverse;
+    call.distance[at] = sum_lanes(load(state.distance + r * kLanes)) * shrink * inverse;
     call.sink[at] = state.sink[r] * shrink * inverse;
     for (int64_t i = 0; i < call.top; ++i) {
       int32_t key = state.top_keys[r * call.top + i];
@@ -266,8 +263,8 @@ static void distribute(Block& block, int64_t from, int64_t to, const float* stri
         for (; r + count < end; ++count) {
           const Row& row = block.row[r + count];
           if (row.head != head || (call.map_block && row.query / call.map_block != map_row)) break;
-          float total = state.total[r + count];
-          factor[count] = total == 0 ? 0 : exp(used_here[r + count] - state.largest[r + count]) / total;
+          float inverse = state.inverse[r + count];
+          factor[count] = inverse == 0 ? 0 : exp(used_here[r + count] - state.largest[r + count]) * inverse;
         }
         const float* line = weights + (r - begin) * kTile;
         float* to_keys = received ? received + (head - block.head) * next_head + tile * kTile : nullptr;
@@ -425,19 +422,22 @@ static void merge(const Call& call, const Plan& plan, int64_t unit, float* at) {
       float was = all.largest[r], now = was > part.largest[r] ? was : part.largest[r];
       float shift = now == -kInfinity ? 0 : now;
       float keep_all = exp(was - shift), keep_part = exp(part.largest[r] - shift);
+      // What a part adds is brought to the new largest score first; a part of NaN stays NaN, since 0 * NaN is NaN.
+      Sums more = {zero(), zero(), zero()};
       if (plan.seeing) {
-        float rise = was == -kInfinity ? 0 : was - now, part_rise = part.largest[r] == -kInfinity ? 0 : part.largest[r] - now;
-        all.moment[r] = keep_all * (all.moment[r] + rise * all.total[r]) +
-                        keep_part * (part.moment[r] + part_rise * part.total[r]);
-        all.distance[r] = keep_all * all.distance[r] + keep_part * part.distance[r];
+        join<true>(part, r, part.largest[r], now, keep_part, more);
+        more = {load(part.total + r * kLanes), load(part.moment + r * kLanes), load(part.distance + r * kLanes)};
+        join<true>(all, r, was, now, keep_all, more);
         all.sink[r] = keep_all * all.sink[r] + keep_part * part.sink[r];
         for (int64_t i = r * call.top; i < (r + 1) * call.top; ++i)
           if (part.top_scores[i] > all.top_scores[(r + 1) * call.top - 1])
             keep(all.top_scores + r * call.top, all.top_keys + r * call.top, call.top, part.top_scores[i],
                  part.top_keys[i]);
+      } else {
+        join<false>(part, r, part.largest[r], now, keep_part, more);
+        more.total = load(part.total + r * kLanes);
+        join<false>(all, r, was, now, keep_all, more);
       }
-      // A part that holds NaN has a NaN total and largest -inf or NaN: 0 * NaN is NaN, so it stays seen.
-      all.total[r] = keep_all * all.total[r] + keep_part * part.total[r];
       for (int64_t j = r * values; j < (r + 1) * values; j += kLanes)
         store(all.sums + j, fma(load(part.sums + j), splat(keep_part), mul(load(all.sums + j), splat(keep_all))));
       all.largest[r] = now;

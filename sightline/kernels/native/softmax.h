@@ -21,9 +21,11 @@ struct Scratch {
   int64_t* indices(int64_t n) { return (int64_t*)floats(2 * n); }
 };
 
-// What is known of each row of a block so far: the online softmax, and the facts in its terms.
+// What is known of each row of a block so far: the online softmax, and the facts in its terms. Sums over keys stay
+// spread over kLanes numbers a row, added up once at the end.
 struct State {
   float* largest;   // score
+  float* inverse;   // of the total, once it is known
   float* total;     // sum of e^(s - largest)
   float* moment;    // sum of e^(s - largest) (s - largest): the entropy's part, without cancellation
   float* distance;  // sum of e^(s - largest) |query - key|
@@ -38,10 +40,11 @@ INLINE int64_t padded_values(const Call& call) { return round_up(call.value_widt
 static State carve_state(Scratch& scratch, const Call& call, const Plan& plan, int64_t rows) {
   State state = {};
   state.largest = scratch.floats(rows);
-  state.total = scratch.floats(rows);
+  state.inverse = scratch.floats(rows);
+  state.total = scratch.floats(rows * kLanes);
   if (plan.seeing) {
-    state.moment = scratch.floats(rows);
-    state.distance = scratch.floats(rows);
+    state.moment = scratch.floats(rows * kLanes);
+    state.distance = scratch.floats(rows * kLanes);
     state.sink = scratch.floats(rows);
     state.top_scores = scratch.floats(rows * call.top);
     state.top_keys = (int32_t*)scratch.floats(rows * call.top);
@@ -51,9 +54,12 @@ static State carve_state(Scratch& scratch, const Call& call, const Plan& plan, i
 }
 
 static void clear_state(State& state, const Call& call, const Plan& plan, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) state.largest[r] = -kInfinity, state.total[r] = 0;
+  for (int64_t r = 0; r < rows; ++r) state.largest[r] = -kInfinity;
+  for (int64_t i = 0; i < rows * kLanes; i += kLanes) store(state.total + i, zero());
   if (plan.seeing) {
-    for (int64_t r = 0; r < rows; ++r) state.moment[r] = state.distance[r] = state.sink[r] = 0;
+    for (int64_t r = 0; r < rows; ++r) state.sink[r] = 0;
+    for (int64_t i = 0; i < rows * kLanes; i += kLanes)
+      store(state.moment + i, zero()), store(state.distance + i, zero());
     for (int64_t i = 0; i < rows * call.top; ++i) state.top_scores[i] = -kInfinity, state.top_keys[i] = -1;
   }
   __builtin_memset(state.sums, 0, sizeof(float) * (size_t)(rows * padded_values(call)));
@@ -196,7 +202,7 @@ static float floor_of(V maxima, int64_t top) {
 }
 
 struct Sums {
-  float total, moment, distance;
+  V total, moment, distance;
 };
 
 // Scores [begin, end) of a row become exponentials. `away` is the query's position less the tile's first key.
@@ -220,8 +226,20 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift,
       lane = sub(lane, splat((float)kLanes));
     }
   }
-  if constexpr (kSeeing) return {sum_lanes(total), sum_lanes(moment), sum_lanes(distance)};
-  else return {sum_lanes(total), 0, 0};
+  return {total, moment, distance};
+}
+
+// A row's sums so far, relative to `was`, become relative to `now` by `factor` = e^(was - now) and get more.
+template <bool kSeeing>
+INLINE void join(const State& state, int64_t row, float was, float now, float factor, const Sums& more) {
+  int64_t at = row * kLanes;
+  V shrink = splat(factor), total = load(state.total + at);
+  if constexpr (kSeeing) {
+    V rise = splat(was == -kInfinity ? 0 : was - now);
+    store(state.moment + at, fma(shrink, fma(rise, total, load(state.moment + at)), more.moment));
+    store(state.distance + at, fma(shrink, load(state.distance + at), more.distance));
+  }
+  store(state.total + at, fma(shrink, total, more.total));
 }
 
 }  // namespace
