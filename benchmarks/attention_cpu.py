@@ -6,6 +6,7 @@ The ceiling is measured in the same turns as the sides: fused multiply-adds on r
 threads. A share above 1 means that the machine's clock or a neighbour changed between turns.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,15 @@ def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal
     return scores.softmax(-1) @ value
 
 
+@functools.cache
+def operations() -> int:
+    """Of one run of the probe: a multiply-add is two."""
+    return 2 * cpu.probe(PROBE_ROUNDS, torch.get_num_threads())
+
+
 def ceiling(seconds: float) -> float:
-    """Multiply-adds a second, as two operations each, in billions."""
-    lanes = {"avx512": 16, "avx2": 8, "baseline": 4}[cpu.instructions()]
-    return 2 * 12 * lanes * PROBE_ROUNDS * torch.get_num_threads() / seconds / 1e9
+    """GFLOP/s of a probe that took so long."""
+    return operations() / seconds / 1e9
 
 
 def forward(report: Report, rounds: int, *, quick: bool) -> None:

@@ -33,20 +33,15 @@ COMMON = [
 KERNEL = ["-ffp-contract=off", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math"]
 """Fused multiply-adds stand in the source: where the compiler chose them, two ways through the code could differ."""
 TORCH = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
+EMULATED = {"avx512_emulated": [*AVX512, "-DSIGHTLINE_EMULATE_DOT"]}
+"""The code of avx512_bf16 with its dot product in floats: tests it on a CPU that has only AVX-512."""
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
@@ -56,7 +51,7 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False) -> Path:
+def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:
     """Compile and link; the library appears whole or not at all.
 
     Raises:
@@ -70,14 +65,16 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False) -> Path:
         raise RuntimeError("torch is not installed here; its headers are needed: pip install torch")
     torch = Path(spec.origin).parent
     extra = SANITIZE if sanitize else []
+    sets = INSTRUCTIONS | (EMULATED if emulate else {})
+    define = ["-DSIGHTLINE_EMULATED"] if emulate else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         commands = [
-            [*COMMON, *TORCH, *extra, "-isystem", str(torch / "include"), "-c", str(NATIVE / "attention.cpp"),
+            [*COMMON, *TORCH, *define, *extra, "-isystem", str(torch / "include"), "-c", str(NATIVE / "attention.cpp"),
              "-o", f"{folder}/attention.o"]
         ]  # fmt: skip
-        for name, flags in INSTRUCTIONS.items():
+        for name, flags in sets.items():
             if x86 or not flags:
                 source = ["-c", str(NATIVE / "kernels.cpp"), "-o", f"{folder}/{name}.o"]
                 commands.append([*COMMON, *KERNEL, *flags, f"-DSIGHTLINE_ISA={name}", *extra, *source])
@@ -100,9 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sightline.kernels.build", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where the library goes (default: the package)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument("--emulate", action="store_true", help="with the bf16 dot product in floats too, for tests")
     options = parser.parse_args()
     try:
-        print(f"built {build(options.output, sanitize=options.sanitize)}")
+        print(f"built {build(options.output, sanitize=options.sanitize, emulate=options.emulate)}")
     except RuntimeError as error:
         sys.exit(f"build: {error}")
 

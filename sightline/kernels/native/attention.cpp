@@ -23,6 +23,10 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#if defined(SIGHTLINE_EMULATED)
+extern const Kernels kernels_avx512_emulated;  // the bf16 dot product in floats: for tests
+#endif
 #endif
 
 namespace {
@@ -35,10 +39,11 @@ using torch::headeronly::ScalarType;
 
 bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
-  if (&kernels == &kernels_avx512)
+  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&kernels == &kernels_avx512_bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+  if (&kernels != &kernels_baseline)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return &kernels == &kernels_baseline;
 }
@@ -46,9 +51,12 @@ bool runs_here(const Kernels& kernels) {
 // Best first.
 const Kernels* const all_kernels[] = {
 #if defined(__x86_64__)
-    &kernels_avx512, &kernels_avx2,
+    &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
 #endif
     &kernels_baseline,
+#if defined(SIGHTLINE_EMULATED)
+    &kernels_avx512_emulated,
+#endif
 };
 
 const Kernels* best_kernels() {

@@ -15,7 +15,7 @@ struct Block {
   int64_t first, rows;   // rows [first, first + rows) of the folded head
   int64_t row_groups;
   Row* row;
-  float* query;  // (row group, width, kRowStride), scaled
+  float* query;  // (row group, width, kRowStride), scaled; in pairs (row group, width / 2, kRowStride), not scaled
   State state;
 };
 
@@ -27,8 +27,12 @@ INLINE int64_t strip_tile(int64_t rows) { return row_groups_of(rows) * kRows * k
 static Block carve_block(Scratch& scratch, const Call& call, const Plan& plan, int64_t rows) {
   Block block{call, plan, 0, 0, 0, 0, 0, nullptr, nullptr, {}};
   block.row = (Row*)scratch.indices(rows * (int64_t)(sizeof(Row) / 8));
-  block.query = scratch.floats(row_groups_of(rows) * call.width * kRowStride);
+  block.query = scratch.floats(row_groups_of(rows) * round_up(call.width, 2) * kRowStride);
   return block;
+}
+
+INLINE float* query_of(const Block& block, int64_t row_group) {
+  return block.query + row_group * round_up(block.call.width, 2) * kRowStride;
 }
 
 static void open_block(Block& block, int64_t batch, int64_t head, int64_t first, int64_t rows) {
@@ -42,8 +46,17 @@ static void open_block(Block& block, int64_t batch, int64_t head, int64_t first,
     for (int64_t g = 0; g < block.row_groups; ++g) {
       int64_t begin = first_of(block, g), count = first_of(block, g + 1) - begin;
       const Row* row = block.row + begin;
-      pack_transposed([&](int64_t i) { return data + row[i].head * query.head + row[i].query * query.row; }, count,
-                      call.width, call.scale, block.query + g * call.width * kRowStride, kRowStride, kRowStride);
+      auto row_at = [&](int64_t i) { return data + row[i].head * query.head + row[i].query * query.row; };
+      float* out = query_of(block, g);
+#if defined(SIGHTLINE_DOT)
+      if constexpr (sizeof(*data) == sizeof(bfloat16))
+        if (in_pairs(call)) {
+          auto bits_at = [&](int64_t i) { return (const bfloat16*)row_at(i); };
+          pack_pairs_transposed(bits_at, count, call.width, (Pair*)out, kRowStride, kRowStride);
+          continue;
+        }
+#endif
+      pack_transposed(row_at, count, call.width, call.scale, out, kRowStride, kRowStride);
     }
   });
 }
@@ -62,11 +75,11 @@ static Columns seen_columns(const Block& block, int64_t row_group, int64_t tile)
   return {begin, end};
 }
 
-// One row group meets one tile. `scores` is (kRows, kTile); `used` gets the largest score that the exponentials left
-// there are relative to, or infinity where the tile was skipped.
-template <bool kSeeing>
+// One row group meets one tile. `scores` is (kRows, kTile), and `rounded` for kPairs; `used` gets the largest score
+// that the exponentials left there are relative to, or infinity where the tile was skipped.
+template <bool kSeeing, bool kPairs>
 static void attend_tile(Block& block, int64_t row_group, int64_t tile, const float* keys, const float* values,
-                        float* scores, float* used) {
+                        float* scores, bfloat16* rounded, float* used) {
   const Call& call = block.call;
   const State& state = block.state;
   int64_t begin = first_of(block, row_group), count = first_of(block, row_group + 1) - begin, first = tile * kTile;
@@ -84,8 +97,17 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     return;
   }
   int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
-  multiply_in_chains<1, kRowStride>(count, block.query + row_group * call.width * kRowStride, keys + left * call.width,
-                                    kPanel * call.width, call.width, scores + left, kTile, right - left);
+#if defined(SIGHTLINE_DOT)
+  if constexpr (kPairs) {
+    int64_t steps = (call.width + 1) / 2;
+    multiply<1, kRowStride, Into::times>(count, (const Pair*)query_of(block, row_group),
+                                         (const Pair*)keys + left * steps, kPanel * steps, steps, scores + left, kTile,
+                                         right - left, &call.scale);
+  }
+#endif
+  if constexpr (!kPairs)
+    multiply_in_chains<1, kRowStride>(count, query_of(block, row_group), keys + left * call.width,
+                                      kPanel * call.width, call.width, scores + left, kTile, right - left);
 
   float now[kRowStride], was[kRowStride], factor[kRowStride];
   for (int r = 0; r < kRowStride; ++r) now[r] = was[r] = 0;
@@ -117,7 +139,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
   for (int64_t r = 0; r < count; ++r) {
     int64_t i = begin + r;
     float shift = now[r] == -kInfinity ? 0 : now[r];
-    Sums sums = exponentiate<kSeeing>(scores + r * kTile, left, right, shift, (float)(row[r].position - first));
+    Sums sums = exponentiate<kSeeing, kPairs>(scores + r * kTile, left, right, shift,
+                                              (float)(row[r].position - first), rounded + r * kTile);
     join<kSeeing>(state, i, was[r], now[r], factor[r], sums);
     if constexpr (kSeeing) {
       float sink = 0;
@@ -127,9 +150,17 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     }
     state.largest[i] = now[r];
   }
-  multiply<kTile, 1, Into::scaled>(count, scores + seen.begin, values + seen.begin * kPanel, kTile * kPanel,
-                                   seen.end - seen.begin, state.sums + begin * padded_values(call),
-                                   padded_values(call), padded_values(call), factor);
+  float* sums = state.sums + begin * padded_values(call);
+#if defined(SIGHTLINE_DOT)
+  if constexpr (kPairs)
+    multiply<kTile / 2, 1, Into::scaled>(count, (const Pair*)rounded + left / 2,
+                                         (const Pair*)values + left / 2 * kPanel, kTile / 2 * kPanel,
+                                         (seen.end - left + 1) / 2, sums, padded_values(call), padded_values(call),
+                                         factor);
+#endif
+  if constexpr (!kPairs)
+    multiply<kTile, 1, Into::scaled>(count, scores + seen.begin, values + seen.begin * kPanel, kTile * kPanel,
+                                     seen.end - seen.begin, sums, padded_values(call), padded_values(call), factor);
 }
 
 // The block against tiles [from, to). Keys and values come packed, or are packed here tile by tile. With a strip
@@ -138,10 +169,10 @@ static void attend_tiles(Block& block, int64_t from, int64_t to, float* memory, 
   const Call& call = block.call;
   const Plan& plan = block.plan;
   int64_t group = block.head / (call.heads / call.groups);
-  float* own_keys = memory;
+  float* own_scores = memory;
+  bfloat16* rounded = (bfloat16*)(own_scores + kRows * kTile);
+  float* own_keys = own_scores + kRows * kTile * 3 / 2;
   float* own_values = own_keys + key_floats(call);
-  float* own_scores = own_values + value_floats(call);
-  if (plan.packed) own_scores = memory;
   for (int64_t tile = from; tile < to; ++tile) {
     float* keys = own_keys;
     float* values = own_values;
@@ -161,8 +192,13 @@ static void attend_tiles(Block& block, int64_t from, int64_t to, float* memory, 
           ready = true;
         }
       }
-      if (plan.seeing) attend_tile<true>(block, g, tile, keys, values, scores, used_here);
-      else attend_tile<false>(block, g, tile, keys, values, scores, used_here);
+      if (in_pairs(call)) {
+        if (plan.seeing) attend_tile<true, kDot>(block, g, tile, keys, values, scores, rounded, used_here);
+        else attend_tile<false, kDot>(block, g, tile, keys, values, scores, rounded, used_here);
+      } else {
+        if (plan.seeing) attend_tile<true, false>(block, g, tile, keys, values, scores, rounded, used_here);
+        else attend_tile<false, false>(block, g, tile, keys, values, scores, rounded, used_here);
+      }
     }
   }
 }
@@ -340,7 +376,7 @@ static int64_t scratch_floats(const Call& call, const Plan& plan) {
   Scratch count{nullptr};
   carve_block(count, call, plan, plan.block_rows);
   carve_state(count, call, plan, plan.block_rows);
-  count.floats(key_floats(call) + value_floats(call) + kRows * kTile);
+  count.floats(key_floats(call) + value_floats(call) + kRows * kTile * 3 / 2);
   if (plan.strip_kept && plan.chunks == 1) count.floats(strip_floats(call, plan, tiles_of(call)));
   return count.used;
 }
@@ -374,7 +410,7 @@ static void attend(const Call& call, const Plan& plan, int64_t unit, float* at) 
   Scratch scratch{at};
   Block block = carve_block(scratch, call, plan, plan.block_rows);
   block.state = carve_state(scratch, call, plan, plan.block_rows);
-  float* memory = scratch.floats(key_floats(call) + value_floats(call) + kRows * kTile);
+  float* memory = scratch.floats(key_floats(call) + value_floats(call) + kRows * kTile * 3 / 2);
   int64_t folded = call.heads / plan.fold, rows = plan.fold * call.queries, from, to;
   if (plan.chunks > 1) {
     int64_t chunk = unit % plan.chunks, head = unit / plan.chunks % folded, batch = unit / plan.chunks / folded;

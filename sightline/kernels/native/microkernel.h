@@ -17,20 +17,23 @@ enum class Into {
   nothing,  // C is written
   sum,      // C is added to
   scaled,   // C * factor[r] is added to: the online softmax's rescaling, free of a pass of its own
+  times,    // C is written, times factor[0]
 };
 
 constexpr int kAhead = 8;  // steps of depth
 
 // A(r, k) = a[r * kRowStep + k * kDepthStep]: rows that stand one after another, or interleaved.
-template <int kCount, int kVectors, int kRowStep, int kDepthStep, Into kInto>
-static void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t c_row, const float* factor) {
+// Number is float, or Pair: a step of depth is then two numbers deep.
+template <typename Number, int kCount, int kVectors, int kRowStep, int kDepthStep, Into kInto>
+static void multiply_rows(const Number* a, const Number* b, int64_t depth, float* c, int64_t c_row,
+                          const float* factor) {
   V sums[kCount][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kCount; ++r)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[r][j] = zero();
   for (int64_t k = 0; k < depth; ++k) {
-    V panel[kVectors];
+    decltype(load(b)) panel[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) panel[j] = load(b + k * kPanel + j * kLanes);
     // The panel comes from L2, whose latency is longer than what waits in the scheduler.
@@ -38,7 +41,7 @@ static void multiply_rows(const float* a, const float* b, int64_t depth, float* 
     __builtin_prefetch(b + (k + kAhead) * kPanel + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kCount; ++r) {
-      V x = splat(a[r * kRowStep + k * kDepthStep]);
+      auto x = splat(a[r * kRowStep + k * kDepthStep]);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sums[r][j] = fma(x, panel[j], sums[r][j]);
     }
@@ -50,31 +53,31 @@ static void multiply_rows(const float* a, const float* b, int64_t depth, float* 
       float* to = c + r * c_row + j * kLanes;
       if constexpr (kInto == Into::sum) sums[r][j] = add(load(to), sums[r][j]);
       if constexpr (kInto == Into::scaled) sums[r][j] = fma(load(to), splat(factor[r]), sums[r][j]);
+      if constexpr (kInto == Into::times) sums[r][j] = mul(sums[r][j], splat(factor[0]));
       store(to, sums[r][j]);
     }
 }
 
-typedef void (*Multiply)(const float* a, const float* b, int64_t depth, float* c, int64_t c_row, const float* factor);
-
 // One function a number of rows, 1 to kRows.
-template <int kVectors, int kRowStep, int kDepthStep, Into kInto>
+template <typename Number, int kVectors, int kRowStep, int kDepthStep, Into kInto>
 struct Multiplies {
-  Multiply of[kRows + 1] = {};
+  void (*of[kRows + 1])(const Number* a, const Number* b, int64_t depth, float* c, int64_t c_row,
+                        const float* factor) = {};
   constexpr Multiplies() { fill<1>(); }
   template <int kCount>
   constexpr void fill() {
-    of[kCount] = multiply_rows<kCount, kVectors, kRowStep, kDepthStep, kInto>;
+    of[kCount] = multiply_rows<Number, kCount, kVectors, kRowStep, kDepthStep, kInto>;
     if constexpr (kCount < kRows) fill<kCount + 1>();
   }
 };
 
-// C of `rows` rows and `columns` columns (C has room for whole vectors) against panels of `panel_floats` each.
-template <int kRowStep, int kDepthStep, Into kInto>
-static void multiply(int64_t rows, const float* a, const float* b, int64_t panel_floats, int64_t depth, float* c,
+// C of `rows` rows and `columns` columns (C has room for whole vectors) against panels `panel_size` apart.
+template <int kRowStep, int kDepthStep, Into kInto, typename Number>
+static void multiply(int64_t rows, const Number* a, const Number* b, int64_t panel_size, int64_t depth, float* c,
                      int64_t c_row, int64_t columns, const float* factor = nullptr) {
-  static constexpr Multiplies<2, kRowStep, kDepthStep, kInto> wide;
-  static constexpr Multiplies<1, kRowStep, kDepthStep, kInto> narrow;
-  for (int64_t j = 0; j < columns; j += kPanel, b += panel_floats)
+  static constexpr Multiplies<Number, 2, kRowStep, kDepthStep, kInto> wide;
+  static constexpr Multiplies<Number, 1, kRowStep, kDepthStep, kInto> narrow;
+  for (int64_t j = 0; j < columns; j += kPanel, b += panel_size)
     (columns - j > kLanes ? wide.of[rows] : narrow.of[rows])(a, b, depth, c + j, c_row, factor);
 }
 

@@ -98,7 +98,7 @@ INLINE T* writable(const T* data) {
   return const_cast<T*>(data);
 }
 
-INLINE int64_t key_floats(const Call& call) { return kTile * call.width; }  // of one packed tile
+INLINE int64_t key_floats(const Call& call) { return kTile * round_up(call.width, 2); }  // of one packed tile
 INLINE int64_t value_floats(const Call& call) { return kTile * round_up(call.value_width, kPanel); }
 
 // Rows [first, first + rows) of one head as panels of kPanel rows, (panel, column, row).
@@ -121,8 +121,54 @@ static void pack_as_rows(Dtype dtype, const Strided& from, int64_t batch, int64_
   });
 }
 
+#if defined(SIGHTLINE_DOT)
+constexpr bool kDot = true;
+
+// rows x width of bf16 as pairs along the width, out[width / 2 * out_row + row]: the transposition of pack_transposed,
+// whose numbers are pairs here.
+template <typename RowAt>
+static void pack_pairs_transposed(const RowAt& row, int64_t rows, int64_t width, Pair* out, int64_t out_row,
+                                  int64_t padded) {
+  for (int64_t i = 0; i < padded; i += kLanes)
+    for (int64_t j = 0; j < width; j += 2 * kLanes) {
+      V square[kLanes];
+      float whole[kLanes * kLanes];
+      for (int k = 0; k < kLanes; ++k) square[k] = i + k < rows ? load_pairs(row(i + k) + j, width - j) : zero();
+      transpose(square, whole, kLanes);
+      for (int64_t k = 0; k < least(kLanes, (width - j + 1) / 2); ++k)
+        store((float*)out + (j / 2 + k) * out_row + i, load(whole + k * kLanes));
+    }
+}
+
+static void pack_tile_in_pairs(const Call& call, int64_t batch, int64_t group, int64_t tile, Pair* keys,
+                               Pair* values) {
+  int64_t first = tile * kTile, count = least(kTile, call.keys - first), steps = (call.width + 1) / 2;
+  // A pair may reach one key beyond those that are seen: beyond the length there may be anything.
+  if (call.lengths) count = most(0, least(count, call.lengths[batch] - first));
+  const Strided &key = call.key, &value = call.value;
+  const bfloat16* from = (const bfloat16*)key.data + batch * key.batch + group * key.head + first * key.row;
+  for (int64_t k = 0; k < count; k += kPanel)
+    pack_pairs_transposed([&](int64_t i) { return from + (k + i) * key.row; }, least(kPanel, count - k), call.width,
+                          keys + k * steps, kPanel, kPanel);
+  from = (const bfloat16*)value.data + batch * value.batch + group * value.head + first * value.row;
+  for (int64_t j = 0; j < call.value_width; j += kLanes)
+    for (int64_t k = 0; k < count; k += 2) {
+      const bfloat16* row = from + k * value.row + j;
+      Pair* to = values + j / kPanel * (kTile / 2 * kPanel) + k / 2 * kPanel + j % kPanel;
+      store_zipped(to, row, k + 1 < count ? row + value.row : nullptr, call.value_width - j);
+    }
+}
+#else
+constexpr bool kDot = false;
+#endif
+
+INLINE bool in_pairs(const Call& call) { return kDot && call.dtype == Dtype::bfloat16; }
+
 // A tile of the forward: keys as panels of keys, values as panels of columns.
 static void pack_tile(const Call& call, int64_t batch, int64_t group, int64_t tile, float* keys, float* values) {
+#if defined(SIGHTLINE_DOT)
+  if (in_pairs(call)) return pack_tile_in_pairs(call, batch, group, tile, (Pair*)keys, (Pair*)values);
+#endif
   int64_t first = tile * kTile, count = least(kTile, call.keys - first);
   pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, keys);
   pack_as_rows(call.dtype, call.value, batch, group, first, count, call.value_width, 1.0f, values, kTile * kPanel);

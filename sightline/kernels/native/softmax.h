@@ -205,9 +205,10 @@ struct Sums {
   V total, moment, distance;
 };
 
-// Scores [begin, end) of a row become exponentials. `away` is the query's position less the tile's first key.
-template <bool kSeeing>
-static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away) {
+// Scores [begin, end) of a row become exponentials, and with kPairs also their bf16 in `rounded`. `away` is the query's
+// position less the tile's first key.
+template <bool kSeeing, bool kPairs>
+static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away, bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
   V lane = zero();
   if constexpr (kSeeing) {
@@ -219,6 +220,7 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift,
     V x = sub(load(scores + k), splat(shift));
     V p = exp(x);
     store(scores + k, p);
+    if constexpr (kPairs) store(rounded + k, p);
     total = add(total, p);
     if constexpr (kSeeing) {
       moment = fma(p, max(x, splat(-88.0f)), moment);  // 0 * -infinity would be NaN

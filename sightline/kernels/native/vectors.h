@@ -58,6 +58,9 @@ INLINE V load(const bfloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 INLINE V load(const float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#if defined(__AVX512BF16__)
+INLINE void store(bfloat16* p, V x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+#else
 INLINE void store(bfloat16* p, V x) {
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -65,7 +68,39 @@ INLINE void store(bfloat16* p, V x) {
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
 }
+#endif
 INLINE void store(float16* p, V x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+#if defined(__AVX512BF16__) || defined(SIGHTLINE_EMULATE_DOT)
+// The bf16 dot product: one instruction multiplies two neighbours in depth and adds both to a float, so a register
+// tile of the same shape does twice the work. SIGHTLINE_EMULATE_DOT computes it in floats, for tests without the CPU.
+#define SIGHTLINE_DOT 1
+typedef uint32_t Pair;  // two bf16, the first in the low half
+typedef __m512i Pairs;
+INLINE Pairs splat(Pair x) { return _mm512_set1_epi32((int)x); }
+INLINE Pairs load(const Pair* p) { return _mm512_loadu_si512(p); }
+INLINE V fma(Pairs a, Pairs b, V c) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+  V sum = fma(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), c);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
+#endif
+}
+// Up to 32 numbers as 16 pairs, zeros behind them.
+INLINE V load_pairs(const bfloat16* p, int64_t n) {
+  __mmask32 some = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, p));
+}
+// Two rows of 16 numbers as 16 pairs.
+INLINE void store_zipped(Pair* p, const bfloat16* low, const bfloat16* high, int64_t n) {
+  __mmask16 some = (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1);
+  __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, low));
+  __m512i second = high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, high)) : _mm512_setzero_si512();
+  _mm512_storeu_si512(p, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#endif
 
 #elif defined(__AVX2__)
 
