@@ -94,7 +94,9 @@ def _run(command: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sightline.kernels.build", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m sightline.kernels.build", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where the library goes (default: the package)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--emulate", action="store_true", help="with the bf16 dot product in floats too, for tests")
