@@ -1,8 +1,8 @@
 """Compile the native CPU kernel into the package: `python -m sightline.kernels.build`.
 
 One kernel source becomes one object for each instruction set, with that set's flags and no other; the common code
-picks one when it is loaded. Needs a C++17 compiler and the torch that is installed (for its headers), which is not
-imported. Nothing here runs unless asked for.
+picks one when it is loaded. Needs a C++17 compiler and the torch that is installed (for its headers). Run as a file,
+`python sightline/kernels/build.py`, it imports neither torch nor the rest of this package. Nothing is built unasked.
 """
 
 import argparse

@@ -222,15 +222,15 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
     return plan.partial + ((batch * call.heads + head) * plan.shares + share) * plan.partial_head;
   };
   for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
-    __builtin_memset(partial(head), 0, sizeof(float) * (size_t)plan.partial_head);
+    clear(partial(head), plan.partial_head);
   for (int64_t first = share * kBackTile; first < call.keys; first += plan.shares * kBackTile) {
     int64_t count = least(kBackTile, call.keys - first), wide = round_up(call.width, kLanes);
     pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, own.keys);
     pack_as_columns(call.dtype, call.value, batch, group, first, count, call.value_width, own.values);
     pack_as_rows(call.dtype, call.key, batch, group, first, count, call.width, 1.0f, own.keys_along,
                  kBackTile * kPanel);
-    __builtin_memset(own.grad_keys, 0, sizeof(float) * (size_t)(kBackTile * wide));
-    __builtin_memset(own.grad_values, 0, sizeof(float) * (size_t)(kBackTile * padded_values(call)));
+    clear(own.grad_keys, kBackTile * wide);
+    clear(own.grad_values, kBackTile * padded_values(call));
     for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
       for (int64_t i = 0; i < plan.blocks; ++i)
         differentiate_block(call, plan, batch, head, i, first, count, partial(head), own);

@@ -334,8 +334,8 @@ static void clear_map(const Call& call, int64_t batch, int64_t head, int64_t fir
   int64_t map_columns = (call.keys + call.map_block - 1) / call.map_block;
   int64_t first = first_query / call.map_block, last = (last_query + call.map_block - 1) / call.map_block;
   int64_t at = ((batch * call.heads + head) * map_rows + first) * map_columns;
-  __builtin_memset(call.map_sum + at, 0, sizeof(float) * (size_t)((last - first) * map_columns));
-  __builtin_memset(call.map_max + at, 0, sizeof(float) * (size_t)((last - first) * map_columns));
+  clear(call.map_sum + at, (last - first) * map_columns);
+  clear(call.map_max + at, (last - first) * map_columns);
 }
 
 // Tiles that some row of the block may see.
@@ -388,7 +388,7 @@ static void attend_bands(Block& block, int64_t batch, int64_t head, int64_t shar
   float* received = nullptr;
   if (call.received) {
     received = plan.shared_received + ((batch * call.heads + head) * plan.shares + share) * call.keys;
-    __builtin_memset(received, 0, sizeof(float) * (size_t)call.keys);
+    clear(received, call.keys);
   }
   for (int64_t band = share; band < plan.bands; band += plan.shares) {
     int64_t first = band * plan.band_rows, last = least(first + plan.band_rows, call.queries);
@@ -486,7 +486,7 @@ static void merge(const Call& call, const Plan& plan, int64_t unit, float* at) {
   for (int64_t head = block.head; head < block.head + plan.fold; ++head) clear_map(call, block.batch, head, 0, call.queries);
   if (call.received) {
     received = call.received + (block.batch * call.heads + block.head) * call.keys;
-    __builtin_memset(received, 0, sizeof(float) * (size_t)(plan.fold * call.keys));
+    clear(received, plan.fold * call.keys);
   }
   distribute(block, 0, tiles_of(call), strip, strip + tiles_of(call) * strip_tile(rows), received, call.keys);
 }

@@ -11,6 +11,11 @@ INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// No memory at all may be cleared of no floats.
+INLINE void clear(float* p, int64_t floats) {
+  if (floats > 0) __builtin_memset(p, 0, sizeof(float) * (size_t)floats);
+}
+
 // The square in[i][j] becomes out[j * out_row + i].
 static void transpose(const V (&in)[kLanes], float* out, int64_t out_row) {
 #if defined(__AVX512F__)

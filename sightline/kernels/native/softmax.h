@@ -62,7 +62,7 @@ static void clear_state(State& state, const Call& call, const Plan& plan, int64_
       store(state.moment + i, zero()), store(state.distance + i, zero());
     for (int64_t i = 0; i < rows * call.top; ++i) state.top_scores[i] = -kInfinity, state.top_keys[i] = -1;
   }
-  __builtin_memset(state.sums, 0, sizeof(float) * (size_t)(rows * padded_values(call)));
+  clear(state.sums, rows * padded_values(call));
 }
 
 // Where a row stands: its head and query, and the keys [start, stop) that its position and length let it see.
