@@ -17,6 +17,9 @@ from sightline.shapes import ShapeError, shaped
 
 Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
 
+SMALL_PRODUCT = 2**23
+"""Up to this many multiply-adds for all scores, PyTorch's SDPA is as fast in float32 and costs less to call."""
+
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 DENSE_SCORES = 2048 * 2048
@@ -213,12 +216,13 @@ def choose(
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")
         return Choice("cpu", "asked for by name")
-    if not refusal:
+    if not refusal and (query.dtype != torch.float32 or observing or query.numel() * key.shape[-2] > SMALL_PRODUCT):
         return Choice("cpu", f"the native kernel ({cpu.instructions()}) is the fastest here")
     if observing:
         return Choice("tiled", "says what it saw in O(N) memory on any device")
     if softcap is not None or sinks is not None:
-        return Choice("tiled", "PyTorch's SDPA has neither softcap nor sinks")
+        name = "tiled" if refusal else "cpu"
+        return Choice(name, "PyTorch's SDPA has neither softcap nor sinks")
     queries, keys = query.shape[-2], key.shape[-2]
     if queries * keys <= DENSE_SCORES:
         return Choice("sdpa", f"the fastest here, and {queries} x {keys} scores a head are few")

@@ -362,8 +362,11 @@ def test_autocast():
 
 
 def test_auto_takes_it_where_it_can():
-    case = draw(dtype=torch.float32)
+    case = draw(dtype=torch.float32, queries=600, keys=1200, width=16)
     assert choose(*case, Mask()).implementation == "cpu"
+    assert choose(*draw(dtype=torch.float32), Mask()).implementation == "sdpa"
+    assert choose(*draw(dtype=torch.float32), Mask(), softcap=1.0).implementation == "cpu"
+    assert choose(*draw(dtype=torch.bfloat16), Mask()).implementation == "cpu"
     assert cpu.instructions() in choose(*case, Mask(), observing=True).reason
     assert choose(*case.to(torch.float64), Mask()).implementation != "cpu"
     assert choose(*case, Mask(), dropout=0.5).implementation != "cpu"
