@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 
+KERNEL := sightline/kernels
+SOURCES := $(KERNEL)/build.py $(wildcard $(KERNEL)/native/*)
+
 .PHONY: demo test check clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed $(VENV)/built
 	$(BIN)/sightline demo
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/built
 	$(BIN)/python -m pytest
 
 check: $(VENV)/installed-dev
@@ -18,14 +21,18 @@ check: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) sightline-demo
+	rm -rf $(VENV) sightline-demo $(KERNEL)/*.so
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@ $(VENV)/installed
+	touch $@
+
+# Without a C++ compiler everything works too, with the other implementations; `sightline doctor` tells.
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
+	$(BIN)/python $(KERNEL)/build.py || echo "going on without the native kernel"
+	touch $@

@@ -10,12 +10,15 @@ from typing import Annotated, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sightline.kernels import reference, sdpa, tiled
+from sightline.kernels import cpu, reference, sdpa, tiled
 from sightline.masks import Allowed, Mask
 from sightline.observation import Observation
 from sightline.shapes import ShapeError, shaped
 
 Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
+
+SMALL_PRODUCT = 2**23
+"""Up to this many multiply-adds for all scores, PyTorch's SDPA is as fast in float32 and costs less to call."""
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
@@ -88,7 +91,9 @@ def attention(
     ).implementation
     queries, keys = query.shape[-2], key.shape[-2]
     options = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
-    if name == "tiled":
+    if name == "cpu":
+        output = cpu.attention(query, key, value, _numbers(recipe), scale=number, softcap=softcap, sinks=sinks)
+    elif name == "tiled":
         with torch.autocast(query.device.type, enabled=False):
             output = tiled.attention(query, key, value, *_lazily(recipe, query, key), scale=number, **options)
     elif name == "reference":
@@ -139,10 +144,11 @@ def observe(
         if number < 0:
             raise ValueError(f"observe: {option} must be 0 or more, got {number}")
     call = _prepare("observe", query, key, value, mask, scale, softcap, sinks)
-    name = choose(
-        call.query, call.key, call.value, call.mask, softcap=softcap, sinks=sinks, observing=True,
-        implementation=implementation,
-    ).implementation  # fmt: skip
+    with torch.no_grad():
+        name = choose(
+            call.query, call.key, call.value, call.mask, softcap=softcap, sinks=sinks, observing=True,
+            implementation=implementation,
+        ).implementation  # fmt: skip
     queries, keys = call.query.shape[-2], call.key.shape[-2]
     options = {
         "scale": call.scale, "softcap": softcap, "sinks": sinks,
@@ -150,7 +156,9 @@ def observe(
     }  # fmt: skip
     tensors = call.query, call.key, call.value
     with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-        if name == "tiled":
+        if name == "cpu":
+            facts = cpu.observe(*tensors, _numbers(call.mask), **options)
+        elif name == "tiled":
             facts = tiled.observe(*tensors, *_lazily(call.mask, call.query, call.key), **options)
         else:
             dense = call.mask.dense(queries, keys, device=call.query.device, dtype=_exact(call.query))
@@ -201,12 +209,20 @@ def choose(
     Raises:
         ValueError: the implementation asked for by name cannot compute this call; it says why.
     """
-    if implementation != "auto":
+    if implementation not in ("auto", "cpu"):
         return _asked_for(implementation, observing, plain=softcap is None and sinks is None)
+    refusal = cpu.refusal(query, value, _numbers(mask), dropout=dropout)
+    if implementation == "cpu":
+        if refusal:
+            raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")
+        return Choice("cpu", "asked for by name")
+    if not refusal and (query.dtype != torch.float32 or observing or query.numel() * key.shape[-2] > SMALL_PRODUCT):
+        return Choice("cpu", f"the native kernel ({cpu.instructions()}) is the fastest here")
     if observing:
         return Choice("tiled", "says what it saw in O(N) memory on any device")
     if softcap is not None or sinks is not None:
-        return Choice("tiled", "PyTorch's SDPA has neither softcap nor sinks")
+        name = "tiled" if refusal else "cpu"
+        return Choice(name, "PyTorch's SDPA has neither softcap nor sinks")
     queries, keys = query.shape[-2], key.shape[-2]
     if queries * keys <= DENSE_SCORES:
         return Choice("sdpa", f"the fastest here, and {queries} x {keys} scores a head are few")
@@ -224,7 +240,7 @@ def choose(
 def _asked_for(implementation: Implementation, observing: bool, *, plain: bool) -> Choice:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation in ("cpu", "triton"):
+    if implementation == "triton":
         raise ValueError(
             f"implementation {implementation!r} is not part of this build; "
             "use 'auto', or see `sightline doctor` for what is here"
@@ -296,6 +312,10 @@ def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:
             "use mask.bool() if nonzero means 'may attend', or Bias(mask) to add it to the scores"
         )
     return Allowed(mask)
+
+
+def _numbers(mask: Mask) -> cpu.Masks:
+    return cpu.Masks(mask.before, mask.after, mask.lengths, mask.allowed, mask.bias, mask.slopes)
 
 
 def _lazily(mask: Mask, query: Tensor, key: Tensor) -> tuple[tiled.Span, tiled.TileOf]:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from sightline.attention import Choice, choose
+from sightline.kernels import cpu
 from sightline.masks import ALiBi, Causal, Mask, Padding, Window
 from sightline.schedule import has_bfloat16
 
@@ -34,7 +35,7 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at the machine, and ask `auto` about typical calls.
 
-    >>> doctor().choices["observe, any length"].implementation
+    >>> doctor().choices["attention, 32,768 tokens, dropout"].implementation
     'tiled'
     """
     return Diagnosis(machine=_machine(), choices=_choices())
@@ -47,6 +48,7 @@ def _machine() -> dict[str, str]:
     facts["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
     native = "in hardware" if has_bfloat16(torch.device("cpu")) else "emulated: training takes float32"
     facts["bfloat16 on the CPU"] = native
+    facts["native CPU kernel"] = cpu.MISSING or f"built, uses {cpu.instructions()}"
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     return facts
 

@@ -28,8 +28,8 @@ ROWS = [
     {"cache", "positions"},
     {"attention"},
     {"observation"},
-    {"masks", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
-    {"shapes", "corpora", "tokenizers"},
+    {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
+    {"shapes", "corpora", "tokenizers", "kernels.build"},
     {"downloads"},
 ]
 

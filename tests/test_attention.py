@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from oracle import Case, assert_as_accurate, draw, exactly
 
 from sightline.attention import attention, choose
+from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
 from sightline.shapes import ShapeError
 
@@ -281,7 +282,9 @@ def test_autocast_computes_in_its_dtype(name):
     torch.testing.assert_close(output, attention(*case.to(torch.bfloat16), implementation=name))
 
 
-def test_auto_keeps_memory_linear():
+def test_auto_without_the_native_kernel_keeps_memory_linear(monkeypatch):
+    monkeypatch.setattr(cpu, "MISSING", "not built")
+
     def chosen(mask=None, *, length=4096, value_width=64, **options):
         q = torch.empty(1, 1, length, 64)
         return choose(q, q, torch.empty(1, 1, length, value_width), mask or Mask(), **options).implementation

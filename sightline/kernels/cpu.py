@@ -1,0 +1,241 @@
+"""The native CPU kernel: attention, and attention that says what it saw, in one pass and O(N) memory.
+
+The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is three torch operators,
+`sightline::forward`, `sightline::backward` and `sightline::observe`, joined by an autograd function. (Registering
+the gradient with the operator costs every call ten times what the function costs a differentiated one.)
+Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = Path(__file__).parent / "libsightline.so"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
+
+
+class Masks(NamedTuple):
+    """A mask as the kernel takes it: None where it has nothing to say."""
+
+    before: int | None = None
+    after: int | None = None
+    lengths: Tensor | None = None
+    """(batch)"""
+    allowed: Tensor | None = None
+    """bool, broadcastable to (batch heads queries keys)"""
+    bias: Tensor | None = None
+    """float, broadcastable likewise"""
+    slopes: Tensor | None = None
+    """(heads)"""
+
+
+def _load() -> tuple[Any, str]:
+    if not LIBRARY.exists():
+        return None, f"the native kernel is not built; {HOW_TO_GET_IT}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return None, f"the native kernel does not load ({error}); {HOW_TO_GET_IT}"
+    library = ctypes.CDLL(str(LIBRARY))
+    library.sightline_instructions.restype = ctypes.c_char_p
+    library.sightline_available.restype = ctypes.c_char_p
+    library.sightline_available.argtypes = [ctypes.c_int64]
+    library.sightline_use_instructions.argtypes = [ctypes.c_char_p]
+    library.sightline_probe.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.sightline_probe.restype = None
+    return library, ""
+
+
+_library, MISSING = _load()
+"""MISSING says why there is no kernel; empty where there is one."""
+
+
+def available() -> list[str]:
+    """The instruction sets that this CPU and the library have in common, best first; empty without a library."""
+    names: list[str] = []
+    while _library is not None and (name := _library.sightline_available(len(names))):
+        names.append(name.decode())
+    return names
+
+
+def instructions() -> str:
+    """The instruction set in use."""
+    return _library.sightline_instructions().decode()
+
+
+def use_instructions(name: str) -> None:
+    """Use another instruction set from now on, in every thread.
+
+    Raises:
+        ValueError: this CPU cannot run it.
+    """
+    if name not in available():
+        raise ValueError(f"instructions must be one of {', '.join(available()) or 'none'} here, got {name!r}")
+    _library.sightline_use_instructions(name.encode())
+
+
+def probe(rounds: int, threads: int) -> int:
+    """Do nothing but fused multiply-adds, `rounds` rounds on each thread; how many numbers they were applied to."""
+    _library.sightline_probe(rounds, threads)
+    lanes = {"baseline": 4, "avx2": 8}.get(instructions(), 16)
+    return rounds * threads * lanes * 12
+
+
+def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> str:
+    """Why the kernel cannot compute a call, and what would help; empty where it can."""
+    if query.device.type != "cpu":
+        return f"it runs on the CPU, and query is on {query.device}"
+    if query.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+    if MISSING:
+        return MISSING
+    if dropout:
+        return "it has no dropout"
+    if not query.shape[-1] or not value.shape[-1]:
+        return "it needs a width of at least 1"
+    if _differentiates(masks.bias, masks.slopes):
+        return "it gives bias and slopes no gradient; detach them or use 'tiled'"
+    return ""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query (batch heads queries width), key and value (batch groups keys width or value_width).
+
+    In memory the output is (batch queries heads value_width): joining heads after it copies nothing.
+    """
+    arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
+    if _differentiates(query, key, value, sinks):
+        return cast(Tensor, _Attention.apply(*arguments))
+    return torch.ops.sightline.forward.default(*arguments)[0]
+
+
+def observe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    top: int,
+    received: bool,
+    map_block: int,
+    sink_keys: int,
+) -> dict[str, Tensor]:
+    """The output and the facts of the reference, none with a gradient."""
+    arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
+    output, logsumexp, entropy, distance, sink, *switched = torch.ops.sightline.observe.default(
+        *arguments, top, received, map_block, sink_keys
+    )
+    facts = {"output": output, "logsumexp": logsumexp, "entropy": entropy, "distance": distance, "sink": sink}
+    names = ("top_weights", "top_keys", "received", "map_sum", "map_max")
+    wanted = (top, top, received, map_block, map_block)
+    return facts | {name: fact for name, fact, want in zip(names, switched, wanted, strict=True) if want}
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps output and logsumexp: the weights are recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, logsumexp = torch.ops.sightline.forward.default(*arguments)
+        ctx.save_for_backward(output, logsumexp, *arguments[:8])
+        ctx.numbers = arguments[8:]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        *by_input, row_sums = torch.ops.sightline.backward.default(grad, *saved, *ctx.numbers)
+        logsumexp, sinks, to_sinks = saved[1], saved[9], None
+        if ctx.needs_input_grad[7]:
+            # A sink has no value: its gradient is its weight times (0 - grad_output . output), over all rows.
+            weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
+            to_sinks = -(weights * row_sums).sum(dim=(0, 2))
+        return *by_input, None, None, None, None, to_sinks, None, None, None, None
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments that all operators share, as they take them."""
+    longest = query.shape[-2] + key.shape[-2]
+    before, after = (-1 if limit is None else min(limit, longest) for limit in masks[:2])
+    lengths, slopes = masks.lengths, masks.slopes
+    return (
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)),
+        None if lengths is None else lengths.to(torch.int64).contiguous(),
+        _four_axes(masks.allowed),
+        None if masks.bias is None else _four_axes(masks.bias.to(torch.float32)),
+        None if slopes is None else slopes.to(torch.float32).contiguous(),
+        None if sinks is None else sinks.to(torch.float32).contiguous(),
+        before,
+        after,
+        scale,
+        softcap or 0.0,
+    )
+
+
+def _four_axes(tensor: Tensor | None) -> Tensor | None:
+    return tensor[None, None] if tensor is not None and tensor.ndim == 2 else tensor
+
+
+if _library is not None:
+
+    @torch.library.register_fake("sightline::forward")
+    def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _empty_output(query, value), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    @torch.library.register_fake("sightline::backward")
+    def _(
+        grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    ) -> tuple[Tensor, ...]:
+        return _empty_output(query, query), _empty_output(key, key), _empty_output(value, value), logsumexp.clone()
+
+    @torch.library.register_fake("sightline::observe")
+    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        top, received, map_block, _ = rest[-4:]
+        batch, heads, queries, _ = query.shape
+        keys = key.shape[-2]
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return query.new_empty(shape, dtype=dtype)
+
+        rows = [empty(batch, heads, queries) for _ in range(4)]
+        tops = [empty(batch, heads, queries, top), empty(batch, heads, queries, top, dtype=torch.int64)]
+        blocks = (-(-queries // map_block), -(-keys // map_block)) if map_block else (0, 0)
+        to_keys = empty(batch, heads, keys) if received else empty(0)
+        maps = [empty(batch, heads, *blocks) for _ in range(2)]
+        return (_empty_output(query, value), *rows, *tops, to_keys, *maps)
+
+
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)

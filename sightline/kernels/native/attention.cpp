@@ -1,0 +1,454 @@
+// The operators: arguments in, outputs allocated, the work planned and shared out to torch's own thread pool.
+// Torch is reached through its stable ABI alone, so that one library serves torch 2.10 and newer and every Python.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "problem.h"
+
+namespace sightline {
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#if defined(SIGHTLINE_EMULATED)
+extern const Kernels kernels_avx512_emulated;  // the bf16 dot product in floats: for tests
+#endif
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+// ---- which instructions ----
+
+bool runs_here(const Kernels& kernels) {
+#if defined(__x86_64__)
+  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&kernels == &kernels_avx512_bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+  if (&kernels != &kernels_baseline)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return &kernels == &kernels_baseline;
+}
+
+// Best first.
+const Kernels* const all_kernels[] = {
+#if defined(__x86_64__)
+    &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
+#endif
+    &kernels_baseline,
+#if defined(SIGHTLINE_EMULATED)
+    &kernels_avx512_emulated,
+#endif
+};
+
+const Kernels* best_kernels() {
+  for (const Kernels* kernels : all_kernels)
+    if (runs_here(*kernels)) return kernels;
+  return &kernels_baseline;
+}
+
+std::atomic<const Kernels*> chosen{best_kernels()};
+
+// ---- memory and threads ----
+
+// Scratch that a thread keeps between calls, as long as it is not large: a page fault a call costs more than the call.
+class Arena {
+ public:
+  float* floats(int64_t count) {
+    size_t bytes = ((size_t)count * sizeof(float) + 4095) / 4096 * 4096;
+    if (bytes > size_) {
+      free(data_);
+      data_ = nullptr, size_ = 0;
+      data_ = (float*)aligned_alloc(4096, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ <= kKept) return;
+    free(data_);
+    data_ = nullptr, size_ = 0;
+  }
+  ~Arena() { free(data_); }
+
+ private:
+  static constexpr size_t kKept = size_t{32} << 20;
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+class Lease {
+ public:
+  explicit Lease(Arena& arena) : arena_(arena) {}
+  ~Lease() { arena_.trim(); }
+  float* floats(int64_t count) { return arena_.floats(count); }
+
+ private:
+  Arena& arena_;
+};
+
+thread_local Arena shared_arena, worker_arena;
+
+int64_t workers_for(int64_t units, double work) {
+  constexpr double kWorthAThread = 2e5;  // multiply-adds: some microseconds, what waking a thread costs
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
+  return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)(work / kWorthAThread)));
+}
+
+// body(unit, scratch) for every unit. Units are taken as workers come free; none needs another's result, and what a
+// unit computes does not depend on who computes it.
+template <typename Body>
+void share_out(int64_t units, double work, int64_t scratch_floats, const Body& body) {
+  if (units <= 0) return;
+  int64_t workers = workers_for(units, work);
+  int64_t room = (scratch_floats + 1023) / 1024 * 1024 + 16;  // + a line: workers' scratch must not share sets
+  Lease lease(worker_arena);
+  float* scratch = lease.floats(workers * room);
+  if (workers == 1) {
+    for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch);
+    return;
+  }
+  std::atomic<int64_t> next{0}, started{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    float* mine = scratch + started.fetch_add(1) * room;
+    for (int64_t unit = next.fetch_add(1); unit < units; unit = next.fetch_add(1)) body(unit, mine);
+  });
+}
+
+// ---- tensors ----
+
+Strided strided(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+// With stride 0 along axes of size 1.
+Strided broadcast(const Maybe& tensor) {
+  if (!tensor) return {};
+  auto stride = [&](int64_t axis) { return tensor->size(axis) == 1 ? int64_t{0} : tensor->stride(axis); };
+  return {tensor->data_ptr(), stride(0), stride(1), stride(2), stride(3)};
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, std::initializer_list<int64_t> strides) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      (int64_t)sizes.size(), sizes.begin(), strides.begin(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      (int64_t)sizes.size(), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// (batch heads queries width), in memory (batch queries heads width): heads are joined without a copy.
+Tensor empty_rows(int64_t batch, int64_t heads, int64_t queries, int64_t width, ScalarType dtype) {
+  return empty({batch, heads, queries, width}, dtype, {queries * heads * width, width, heads * width, 1});
+}
+
+float* floats(const Tensor& tensor) { return (float*)tensor.mutable_data_ptr(); }
+
+struct Inputs {
+  const Tensor &query, &key, &value;
+  const Maybe &lengths, &allowed, &bias, &slopes, &sinks;
+  int64_t before, after;
+  double scale, softcap;
+};
+
+Call call_of(const Inputs& in) {
+  Call call = {};
+  for (const Tensor* tensor : {&in.query, &in.key, &in.value}) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 4 && tensor->scalar_type() == in.query.scalar_type(),
+                    "sightline: query, key and value must be CPU tensors of 4 axes and one dtype");
+    STD_TORCH_CHECK(tensor->size(3) <= 1 || tensor->stride(3) == 1,
+                    "sightline: the last axis of query, key and value must have stride 1; use .contiguous()");
+  }
+  ScalarType dtype = in.query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "sightline: expected float32, bfloat16 or float16");
+  call.dtype = dtype == ScalarType::Float      ? Dtype::float32
+               : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                               : Dtype::float16;
+  call.batch = in.query.size(0), call.heads = in.query.size(1), call.queries = in.query.size(2);
+  call.width = in.query.size(3), call.groups = in.key.size(1), call.keys = in.key.size(2);
+  call.value_width = in.value.size(3);
+  STD_TORCH_CHECK(in.key.size(0) == call.batch && in.value.size(0) == call.batch && in.key.size(3) == call.width &&
+                      in.value.size(1) == call.groups && in.value.size(2) == call.keys && call.groups > 0 &&
+                      call.heads % call.groups == 0,
+                  "sightline: the shapes of query, key and value do not belong together");
+  call.query = strided(in.query), call.key = strided(in.key), call.value = strided(in.value);
+  call.scale = (float)in.scale, call.softcap = (float)in.softcap;
+  call.before = in.before, call.after = in.after;
+  for (const Maybe* mask : {&in.allowed, &in.bias}) {
+    if (!*mask) continue;
+    int64_t full[] = {call.batch, call.heads, call.queries, call.keys};
+    STD_TORCH_CHECK((*mask)->dim() == 4, "sightline: allowed and bias must have 4 axes");
+    for (int64_t axis = 0; axis < 4; ++axis)
+      STD_TORCH_CHECK((*mask)->size(axis) == 1 || (*mask)->size(axis) == full[axis],
+                      "sightline: allowed or bias does not broadcast to (batch heads queries keys)");
+  }
+  STD_TORCH_CHECK(!in.allowed || in.allowed->scalar_type() == ScalarType::Bool, "sightline: allowed must be bool");
+  STD_TORCH_CHECK(!in.bias || in.bias->scalar_type() == ScalarType::Float, "sightline: bias must be float32");
+  STD_TORCH_CHECK(!in.lengths || (in.lengths->scalar_type() == ScalarType::Long && in.lengths->is_contiguous() &&
+                                  in.lengths->numel() == call.batch),
+                  "sightline: lengths must be int64 (batch)");
+  for (const Maybe* per_head : {&in.slopes, &in.sinks})
+    STD_TORCH_CHECK(!*per_head || ((*per_head)->scalar_type() == ScalarType::Float && (*per_head)->is_contiguous() &&
+                                   (*per_head)->numel() == call.heads),
+                    "sightline: slopes and sinks must be float32 (heads)");
+  call.allowed = broadcast(in.allowed), call.bias = broadcast(in.bias);
+  if (in.lengths) call.lengths = (const int64_t*)in.lengths->data_ptr();
+  if (in.slopes) call.slopes = floats(*in.slopes);
+  if (in.sinks) call.sinks = floats(*in.sinks);
+  return call;
+}
+
+// ---- forward ----
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+double multiply_adds(const Call& call) {
+  double keys = (double)call.keys;
+  if (call.after == 0 && call.queries == call.keys) keys /= 2;
+  if (call.before != kNone && call.after != kNone) keys = std::min(keys, (double)(call.before + call.after + 1));
+  return (double)(call.batch * call.heads * call.queries) * keys * (double)(call.width + call.value_width);
+}
+
+Plan plan_of(const Call& call, const Kernels& kernels, bool seeing) {
+  Plan plan = {};
+  int64_t tiles = ceil_div(call.keys, kTile), sharing = call.heads / call.groups, rows = kernels.rows;
+  plan.seeing = seeing;
+  plan.strip_kept = call.received || call.map_block;
+  plan.fold = call.queries <= kFoldQueries ? sharing : 1;
+  plan.chunks = 1;
+  // Chunks change the order of sums: they depend on nothing but the lengths.
+  constexpr int64_t kChunkTiles = 4;
+  if (call.queries <= kFoldQueries && tiles > kChunkTiles) {
+    plan.chunk_tiles = kChunkTiles;
+    plan.chunks = ceil_div(tiles, kChunkTiles);
+    plan.blocks = 1, plan.block_rows = plan.fold * call.queries;
+    return plan;
+  }
+  if (plan.strip_kept) {
+    // A strip of 4 MB at most, and never so many rows that it leaves L2 for nothing.
+    constexpr int64_t kStripFloats = int64_t{1} << 20;
+    plan.fold = 1;
+    int64_t most = std::clamp(kStripFloats / std::max<int64_t>(1, tiles * kTile), rows, 7 * rows);
+    plan.band_rows = most;
+    if (call.map_block) plan.band_rows = std::max<int64_t>(1, most / call.map_block) * call.map_block;
+    plan.band_rows = std::min(plan.band_rows, std::max<int64_t>(1, call.queries));
+    plan.block_rows = ceil_div(plan.band_rows, ceil_div(plan.band_rows, most));
+    plan.bands = ceil_div(call.queries, plan.band_rows);
+    plan.shares = std::clamp<int64_t>(plan.bands, 1, 16);
+    plan.blocks = plan.bands;
+    return plan;
+  }
+  int64_t all = plan.fold * call.queries;
+  // Queries, sums and a tile of keys and values share L2.
+  int64_t most = call.width + call.value_width > 320 ? 7 * rows : 14 * rows;
+  int64_t heads = std::max<int64_t>(1, call.batch * call.heads / plan.fold);
+  int64_t wanted = ceil_div(4 * (int64_t)torch::stable::get_num_threads(), heads);
+  plan.blocks = std::max(ceil_div(all, most), std::min(wanted, ceil_div(all, 2 * rows)));
+  plan.blocks = std::max<int64_t>(1, plan.blocks);
+  plan.block_rows = ceil_div(all, plan.blocks);
+  return plan;
+}
+
+void run_forward(const Call& call, bool seeing) {
+  const Kernels& kernels = *chosen.load();
+  Plan plan = plan_of(call, kernels, seeing);
+  int64_t tiles = ceil_div(call.keys, kTile), groups = call.batch * call.groups;
+  int64_t folded = call.batch * call.heads / plan.fold;
+  double work = multiply_adds(call);
+  // Packing a tile costs about as much as ten queries against it: more blocks than two share what is packed.
+  bool packs = plan.chunks == 1 && plan.blocks * (call.heads / call.groups) > 2;
+  plan.packed_group = kernels.packed_group(call);
+  plan.partial_state = plan.chunks > 1 ? kernels.partial_state(call, plan) : 0;
+  int64_t strip = plan.chunks > 1 && plan.strip_kept ? kernels.strip_floats(call, plan, tiles) : 0;
+  bool shares = call.received && plan.chunks == 1 && plan.shares > 1;
+  int64_t sizes[] = {packs ? groups * plan.packed_group : 0, folded * plan.chunks * plan.partial_state,
+                     folded * strip, shares ? call.batch * call.heads * plan.shares * call.keys : 0};
+  Lease lease(shared_arena);
+  float* memory = lease.floats(sizes[0] + sizes[1] + sizes[2] + sizes[3] + 16);
+  plan.packed = packs ? memory : nullptr;
+  plan.partial = memory + sizes[0];
+  plan.strips = plan.partial + sizes[1];
+  plan.shared_received = shares ? plan.strips + sizes[2] : call.received;
+  int64_t scratch = kernels.scratch_floats(call, plan);
+
+  if (packs)
+    share_out(groups * tiles, 4.0 * (double)(groups * plan.packed_group), 0,
+              [&](int64_t unit, float*) { kernels.pack(call, plan, unit); });
+  int64_t units = folded * (plan.chunks > 1 ? plan.chunks : plan.strip_kept ? plan.shares : plan.blocks);
+  if (call.queries == 0) units = 0;
+  share_out(units, work, scratch, [&](int64_t unit, float* own) { kernels.attend(call, plan, unit, own); });
+  if (plan.chunks > 1 && call.queries)
+    share_out(folded, work / 100, scratch, [&](int64_t unit, float* own) { kernels.merge(call, plan, unit, own); });
+  if (call.received && !call.queries)
+    std::memset(call.received, 0, sizeof(float) * (size_t)(call.batch * call.heads * call.keys));
+  else if (shares)
+    share_out(call.batch * call.heads, (double)sizes[3], 0,
+              [&](int64_t unit, float*) { kernels.gather(call, plan, unit); });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths,
+                                   const Maybe& allowed, const Maybe& bias, const Maybe& slopes, const Maybe& sinks,
+                                   int64_t before, int64_t after, double scale, double softcap) {
+  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+  Tensor output = empty_rows(call.batch, call.heads, call.queries, call.value_width, query.scalar_type());
+  Tensor logsumexp = empty({call.batch, call.heads, call.queries});
+  call.output = strided(output), call.logsumexp = floats(logsumexp);
+  run_forward(call, false);
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths, const Maybe& allowed,
+    const Maybe& bias, const Maybe& slopes, const Maybe& sinks, int64_t before, int64_t after, double scale,
+    double softcap, int64_t top, bool received, int64_t map_block, int64_t sink_keys) {
+  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+  STD_TORCH_CHECK(top >= 0 && map_block >= 0 && sink_keys >= 0, "sightline: top, map_block and sink_keys start at 0");
+  int64_t batch = call.batch, heads = call.heads, queries = call.queries;
+  Tensor output = empty_rows(batch, heads, queries, call.value_width, query.scalar_type());
+  auto rows = [&] { return empty({batch, heads, queries}); };
+  Tensor logsumexp = rows(), entropy = rows(), distance = rows(), sink = rows();
+  Tensor top_weights = empty({batch, heads, queries, top});
+  Tensor top_keys = empty({batch, heads, queries, top}, ScalarType::Long);
+  Tensor to_keys = received ? empty({batch, heads, call.keys}) : empty({0});
+  int64_t map_rows = map_block ? ceil_div(queries, map_block) : 0;
+  int64_t map_columns = map_block ? ceil_div(call.keys, map_block) : 0;
+  Tensor map_sum = empty({batch, heads, map_rows, map_columns}), map_max = empty({batch, heads, map_rows, map_columns});
+  call.output = strided(output), call.logsumexp = floats(logsumexp), call.entropy = floats(entropy);
+  call.distance = floats(distance), call.sink = floats(sink), call.top_weights = floats(top_weights);
+  call.top_keys = (int64_t*)top_keys.mutable_data_ptr();
+  call.received = received && call.keys ? floats(to_keys) : nullptr;
+  call.map_sum = floats(map_sum), call.map_max = floats(map_max);
+  call.top = top, call.map_block = map_block, call.sink_keys = sink_keys;
+  run_forward(call, true);
+  return {output, logsumexp, entropy, distance, sink, top_weights, top_keys, to_keys, map_sum, map_max};
+}
+
+// ---- backward ----
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Maybe& lengths, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
+    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap) {
+  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+  for (const Tensor* rows : {&grad_output, &output})
+    STD_TORCH_CHECK(rows->is_cpu() && rows->dim() == 4 && rows->scalar_type() == query.scalar_type() &&
+                        rows->size(0) == call.batch && rows->size(1) == call.heads && rows->size(2) == call.queries &&
+                        rows->size(3) == call.value_width && (rows->size(3) <= 1 || rows->stride(3) == 1),
+                    "sightline: grad_output and output must be (batch heads queries value_width), last stride 1");
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
+                      logsumexp.numel() == call.batch * call.heads * call.queries,
+                  "sightline: logsumexp must be float32 (batch heads queries)");
+  ScalarType dtype = query.scalar_type();
+  Tensor grad_query = empty_rows(call.batch, call.heads, call.queries, call.width, dtype);
+  Tensor grad_key = empty_rows(call.batch, call.groups, call.keys, call.width, dtype);
+  Tensor grad_value = empty_rows(call.batch, call.groups, call.keys, call.value_width, dtype);
+  Tensor row_sums = empty({call.batch, call.heads, call.queries});
+  call.grad_output = strided(grad_output), call.output = strided(output);
+  call.logsumexp = floats(logsumexp), call.row_sums = floats(row_sums);
+  call.grad_query = strided(grad_query), call.grad_key = strided(grad_key), call.grad_value = strided(grad_value);
+
+  const Kernels& kernels = *chosen.load();
+  constexpr int64_t kShares = 8;
+  BackwardPlan plan = {};
+  plan.blocks = ceil_div(call.queries, kernels.backward_rows);
+  plan.shares = std::clamp<int64_t>(ceil_div(call.keys, kernels.backward_tile), 1, kShares);
+  kernels.plan_backward(call, plan);
+  int64_t heads = call.batch * call.heads, packed = heads * plan.blocks * plan.packed_block;
+  Lease lease(shared_arena);
+  plan.packed = lease.floats(packed + heads * plan.shares * plan.partial_head + 16);
+  plan.partial = plan.packed + packed;
+  double rows_work = 4.0 * (double)packed;
+  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.pack_rows(call, plan, unit); });
+  share_out(call.batch * call.groups * plan.shares, 2.5 * multiply_adds(call) + 1, kernels.backward_scratch(call),
+            [&](int64_t unit, float* own) { kernels.backward(call, plan, unit, own); });
+  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.gather_queries(call, plan, unit); });
+  return {grad_query, grad_key, grad_value, row_sums};
+}
+
+}  // namespace
+}  // namespace sightline
+
+STABLE_TORCH_LIBRARY(sightline, library) {
+  library.def(
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
+      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap) -> (Tensor, Tensor)");
+  library.def(
+      "observe(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
+      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, int top, bool received, "
+      "int map_block, int sink_keys) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
+      "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
+      "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
+  library.impl("forward", TORCH_BOX(&sightline::forward));
+  library.impl("observe", TORCH_BOX(&sightline::observe));
+  library.impl("backward", TORCH_BOX(&sightline::backward));
+}
+
+// For tests, the doctor and the benchmark, through ctypes.
+extern "C" {
+#define EXPORT __attribute__((visibility("default")))
+
+// The name in use.
+EXPORT const char* sightline_instructions() { return sightline::chosen.load()->name; }
+
+// The i-th name that this CPU can run, best first; null after the last.
+EXPORT const char* sightline_available(int64_t i) {
+  for (const sightline::Kernels* kernels : sightline::all_kernels)
+    if (sightline::runs_here(*kernels) && i-- == 0) return kernels->name;
+  return nullptr;
+}
+
+// 1 if this CPU can run them; then all calls from now on do.
+EXPORT int sightline_use_instructions(const char* name) {
+  for (const sightline::Kernels* kernels : sightline::all_kernels)
+    if (!std::strcmp(kernels->name, name) && sightline::runs_here(*kernels)) {
+      sightline::chosen = kernels;
+      return 1;
+    }
+  return 0;
+}
+
+// Nothing but fused multiply-adds in registers, on every thread: 12 vectors a round.
+EXPORT void sightline_probe(int64_t rounds, int64_t threads) {
+  const sightline::Kernels& kernels = *sightline::chosen.load();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    float out[12];
+    kernels.probe(rounds, out);
+    __asm__ volatile("" : : "r"(out) : "memory");
+  });
+}
+}

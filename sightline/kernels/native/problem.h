@@ -1,0 +1,107 @@
+// What crosses the border between the common code and the code of one instruction set: plain numbers and pointers.
+// Nothing here may be a template or an inline function with a body of weight: both sides compile this file, with
+// different flags, and the linker keeps one copy of what they share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sightline {
+
+enum class Dtype : int32_t { float32, bfloat16, float16 };
+
+constexpr int64_t kTile = 256;        // keys a tile: P of one row group (14 x 256 floats) stays in a 32 KB L1
+constexpr int64_t kFoldQueries = 16;  // with at most so many queries, the heads of a group share a row group
+constexpr int64_t kNone = -1;         // no limit
+
+// A tensor of (batch heads rows columns), any strides, in elements. No data: there is none.
+struct Strided {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+// One call of attention. Outputs that are not asked for are null.
+struct Call {
+  Dtype dtype;
+  int64_t batch, heads, groups, queries, keys, width, value_width;
+  Strided query, key, value;  // columns stand together
+  float scale;
+  float softcap;           // 0: none
+  int64_t before, after;   // kNone: no limit
+  const int64_t* lengths;  // (batch)
+  Strided allowed;         // bytes, 0 or 1
+  Strided bias;            // float
+  const float* slopes;     // (heads)
+  const float* sinks;      // (heads)
+
+  Strided output;    // (batch heads queries value_width), columns stand together
+  float* logsumexp;  // (batch heads queries), as are the next three
+  float* entropy;
+  float* distance;
+  float* sink;
+  float* top_weights;  // (batch heads queries top)
+  int64_t* top_keys;
+  float* received;  // (batch heads keys)
+  float* map_sum;   // (batch heads query_blocks key_blocks)
+  float* map_max;
+  int64_t top, map_block, sink_keys;
+
+  // Backward only; `output` is then an input.
+  Strided grad_output;
+  float* row_sums;                           // (batch heads queries): grad_output . output
+  Strided grad_query, grad_key, grad_value;  // columns stand together
+};
+
+// How a forward call is cut into units of work that need nothing of one another. It never changes a bit of the
+// output: a row's arithmetic knows only the tiles of kTile keys and, for few rows, the chunks of keys.
+struct Plan {
+  int64_t fold;         // heads whose queries lie in one row of rows: heads / groups for few queries, else 1
+  int64_t block_rows;   // rows at most in a block: one sweep over the keys
+  int64_t blocks;       // blocks of a (folded) head
+  int64_t chunk_tiles;  // key tiles of a chunk; chunks > 1 only where a head has few rows
+  int64_t chunks;
+  bool seeing;      // facts are asked for
+  bool strip_kept;  // received or map: the weights of a block are kept until their sum is known
+  // With strip_kept a unit owns whole bands: every row of the map, and one partial sum of `received`.
+  int64_t band_rows, bands, shares;
+  float* packed;         // keys and values of all groups in the kernel's layout, or null: tile by tile
+  int64_t packed_group;  // floats a group
+  float* partial;        // states of chunks
+  int64_t partial_state; // floats a state
+  float* strips;         // strips of chunks: (unit, tile, row group, row, key)
+  float* shared_received; // (batch heads shares keys)
+};
+
+// How a backward call is cut. The number of shares depends on the number of keys alone, for it orders sums.
+struct BackwardPlan {
+  int64_t blocks;       // of rows, a head
+  int64_t shares;       // of a group's key tiles: tile i belongs to share i % shares
+  float* packed;        // queries and gradients of all heads in the kernel's layouts
+  int64_t packed_block; // floats a block of rows
+  float* partial;       // (batch heads shares queries padded width): what each share gives to the queries' gradient
+  int64_t partial_head; // floats a head and share
+};
+
+// The work of one instruction set. `unit` counts from 0; `scratch` is 64-byte aligned and private to the worker.
+struct Kernels {
+  const char* name;
+  int64_t rows;  // of a row group
+  int64_t (*packed_group)(const Call&);
+  int64_t (*partial_state)(const Call&, const Plan&);
+  int64_t (*strip_floats)(const Call&, const Plan&, int64_t tiles);
+  int64_t (*scratch_floats)(const Call&, const Plan&);
+  void (*pack)(const Call&, const Plan&, int64_t unit);                      // (batch, group, tile)
+  void (*attend)(const Call&, const Plan&, int64_t unit, float* scratch);    // (batch, folded head, block or chunk)
+  void (*merge)(const Call&, const Plan&, int64_t unit, float* scratch);     // (batch, folded head)
+  void (*gather)(const Call&, const Plan&, int64_t unit);                    // (batch, head): received
+  int64_t backward_rows;   // of a block
+  int64_t backward_tile;   // keys
+  void (*plan_backward)(const Call&, BackwardPlan&);  // fills packed_block and partial_head
+  int64_t (*backward_scratch)(const Call&);
+  void (*pack_rows)(const Call&, const BackwardPlan&, int64_t unit);               // (batch, head, block)
+  void (*backward)(const Call&, const BackwardPlan&, int64_t unit, float* scratch);  // (batch, group, share)
+  void (*gather_queries)(const Call&, const BackwardPlan&, int64_t unit);          // (batch, head, block)
+  void (*probe)(int64_t rounds, float* out);  // independent fused multiply-adds, for the benchmark's ceiling
+};
+
+}  // namespace sightline

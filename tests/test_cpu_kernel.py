@@ -1,0 +1,408 @@
+"""The native CPU kernel against the definition, bit by bit against itself, and under what breaks such kernels."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Case, draw, exactly
+
+import sightline as sl
+from sightline.attention import attention, choose, observe
+from sightline.kernels import cpu
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.observation import Observation
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
+
+FACTS = ("logsumexp", "entropy", "distance", "sink", "top_weights", "top_keys", "received")
+TILE = 256
+"""Keys a tile, as native/problem.h has it: the sizes of the tests stand around its multiples."""
+
+
+@pytest.fixture(params=cpu.available() or ["none"])
+def instructions(request):
+    before = cpu.instructions()
+    cpu.use_instructions(request.param)
+    yield request.param
+    cpu.use_instructions(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def native(case: Case, mask=None, **options) -> torch.Tensor:
+    return attention(*case, mask, implementation="cpu", **options)
+
+
+def saw(case: Case, mask=None, implementation="cpu", **options) -> Observation:
+    return observe(*case, mask, implementation=implementation, **options)
+
+
+def assert_within_budget(
+    actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, *, most: float, mean: float
+) -> None:
+    """Largest and mean error at most so many times plain PyTorch's, and a rounding of the largest number."""
+    rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    ours, theirs = (actual.double() - exact).abs(), (plain.double() - exact).abs()
+    assert ours.isfinite().all(), "not finite"
+    assert ours.max() <= most * theirs.max() + 2 * rounding, f"largest {ours.max():.2e}, plain {theirs.max():.2e}"
+    assert ours.mean() <= mean * theirs.mean() + rounding / 8, f"mean {ours.mean():.2e}, plain {theirs.mean():.2e}"
+
+
+def test_the_budget_fails_where_it_must():
+    exact = torch.ones(8, dtype=torch.float64)
+    plain = exact.float() + 1e-6
+    assert_within_budget(exact.float() + 1e-6, exact, plain, most=2, mean=1.5)
+    with pytest.raises(AssertionError, match="largest"):
+        assert_within_budget(exact.float() + 1e-5, exact, plain, most=2, mean=1.5)
+    with pytest.raises(AssertionError, match="mean"):
+        assert_within_budget(exact.float() + 1.9e-6, exact, plain, most=2, mean=1.5)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_within_budget(exact.float() / 0, exact, plain, most=2, mean=1.5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "value_width"),
+    [(1, 1, 1, 1), (13, 15, 31, 17), (65, 63, 64, 64), (129, 257, 40, 80), (511, 513, 8, 256), (1023, 1025, 128, 96)],
+)
+@pytest.mark.parametrize("mask", [Mask(), Causal(), Window(before=100, after=7)], ids=["all", "causal", "window"])
+def test_float32_is_as_accurate_as_plain_torch(queries, keys, width, value_width, mask, instructions):
+    sizes = {"queries": queries, "keys": keys, "width": width, "value_width": value_width}
+    case = draw(**sizes, batch=1, heads=2, groups=1, dtype=torch.float32)
+    exact, plain = exactly(case, mask), attention(*case, mask, implementation="reference")
+    assert_within_budget(native(case, mask), exact, plain, most=2, mean=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 100])
+def test_half_precision_is_as_accurate_as_sdpa(dtype, width, instructions):
+    case = draw(queries=200, keys=300, width=width, value_width=width, groups=4, dtype=dtype)
+    plain = F.scaled_dot_product_attention(*case)
+    assert_within_budget(native(case), exactly(case), plain, most=1.5, mean=1.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_as_accurate_as_plain_torch(dtype, instructions):
+    mask = Causal() & Window(before=150, after=None)
+    case = draw(queries=190, keys=270, width=40, value_width=24, dtype=dtype)
+    weight = torch.randn(2, 4, 190, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+    def gradients(case: Case, implementation: Any) -> tuple[torch.Tensor, ...]:
+        leaves = Case(*(t.requires_grad_() for t in case.to(case.query.dtype)))
+        output = attention(*leaves, mask, implementation=implementation)
+        return torch.autograd.grad((output * weight.to(output.dtype)).sum(), leaves)
+
+    exact = gradients(case.to(torch.float64), "reference")
+    plain = gradients(case, "reference")
+    for ours, right, theirs in zip(gradients(case, "cpu"), exact, plain, strict=True):
+        assert_within_budget(ours, right, theirs, most=2, mean=1.25)
+
+
+@st.composite
+def calls(draw_):
+    """Any mask and option on sizes around the edges of blocks."""
+    some = draw_(st.sampled_from([1, 2, 15, 16, 17, 33]))
+    queries = draw_(st.sampled_from([0, 1, some, 127]))
+    keys = draw_(st.sampled_from([0, 1, some, 65, TILE - 1, TILE + 1, 5 * TILE + 3]))
+    groups = draw_(st.sampled_from([1, 2]))
+    heads = groups * draw_(st.sampled_from([1, 3]))
+    sizes = {
+        "batch": 2, "heads": heads, "groups": groups, "queries": queries, "keys": keys,
+        "width": draw_(st.integers(1, 70)), "value_width": draw_(st.integers(1, 70)),
+    }  # fmt: skip
+    random = torch.Generator().manual_seed(draw_(st.integers(0, 99)))
+    mask = Mask()
+    if draw_(st.booleans()):
+        mask &= Causal()
+    if draw_(st.booleans()):
+        mask &= Window(before=draw_(st.sampled_from([0, 5, 300])), after=draw_(st.sampled_from([None, 0, 20])))
+    if draw_(st.booleans()):
+        mask &= Padding(torch.randint(0, keys + 1, (2,), generator=random))
+    if draw_(st.booleans()):
+        shape = draw_(st.sampled_from([(queries, keys), (2, 1, 1, keys), (1, heads, queries, 1)]))
+        mask &= Allowed(torch.rand(shape, generator=random) > 0.4)
+    if draw_(st.booleans()):
+        shape = draw_(st.sampled_from([(queries, keys), (2, heads, 1, keys), (2, 1, queries, keys)]))
+        mask &= Bias(
+            torch.randn(shape, generator=random).masked_fill(torch.rand(shape, generator=random) < 0.1, -torch.inf)
+        )
+    if draw_(st.booleans()):
+        mask &= ALiBi(heads)
+    options: dict[str, Any] = {
+        "softcap": draw_(st.sampled_from([None, 0.8, 30.0])),
+        "sinks": draw_(st.sampled_from([None, torch.randn(heads, generator=random)])),
+        "scale": draw_(st.sampled_from([None, 0.9])),
+    }
+    return draw(draw_(st.integers(0, 99)), **sizes, dtype=torch.float32), mask, options
+
+
+@given(calls())
+def test_every_mask_and_option_and_what_it_saw(call):
+    case, mask, options = call
+    top = 5
+    seen = saw(case, mask, top=top, map_block=24, **options)
+    assert torch.equal(native(case, mask, **options), seen.output)
+    sinks = options["sinks"]
+    exact = saw(
+        case.to(torch.float64), mask, "reference", top=top + 1, map_block=24,
+        **options | {"sinks": None if sinks is None else sinks.double()},
+    )  # fmt: skip
+    keys = case.key.shape[-2]
+    bound = 3e-6 * (1 + 3 * (options["scale"] is not None))
+    torch.testing.assert_close(seen.output.double(), exact.output, atol=5 * bound, rtol=1e-5)
+    torch.testing.assert_close(seen.logsumexp.double(), exact.logsumexp, atol=2 * bound, rtol=1e-6)
+    torch.testing.assert_close(seen.entropy.double(), exact.entropy, atol=5 * bound, rtol=1e-5)
+    torch.testing.assert_close(seen.distance.double(), exact.distance, atol=bound * (1 + keys), rtol=1e-5)
+    for name in ("sink", "received"):
+        torch.testing.assert_close(getattr(seen, name).double(), getattr(exact, name), atol=3 * bound, rtol=2e-5)
+    torch.testing.assert_close(seen.map.sum.double(), exact.map.sum, atol=3 * bound, rtol=2e-5)
+    torch.testing.assert_close(seen.map.max.double(), exact.map.max, atol=bound, rtol=2e-5)
+    torch.testing.assert_close(seen.top_weights.double(), exact.top_weights[..., :top], atol=bound, rtol=2e-5)
+    # The keys are exact wherever neighbours in the order are further apart than rounding can bring them.
+    weights = exact.top_weights.log()
+    clear = (weights[..., :-1] - weights[..., 1:]).nan_to_num(nan=1.0, posinf=1.0) > 1e-4
+    settled = clear & F.pad(clear[..., :-1], (1, 0), value=True)
+    assert torch.equal(seen.top_keys[settled], exact.top_keys[..., :top][settled])
+
+
+@given(calls())
+def test_gradients_of_every_mask_and_option(call):
+    case, mask, options = call
+
+    def gradients(dtype: torch.dtype, implementation: Any) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in case]
+        sinks = options["sinks"]
+        if sinks is not None:
+            sinks = sinks.to(dtype).requires_grad_()
+        output = attention(*leaves, mask, implementation=implementation, **options | {"sinks": sinks})
+        return list(torch.autograd.grad(output.square().sum(), leaves + ([] if sinks is None else [sinks])))
+
+    for ours, exact in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-4 * (1 + float(exact.abs().sum() > 0)), rtol=2e-4)
+
+
+SHAPES = {
+    "a head": {"batch": 1, "heads": 1, "groups": 1, "queries": 300, "keys": 700},
+    "groups": {"batch": 2, "heads": 4, "groups": 2, "queries": 90, "keys": 530},
+    "decoding": {"batch": 2, "heads": 8, "groups": 2, "queries": 1, "keys": 6 * TILE + 9},
+}
+
+
+def everything(case: Case, mask=None) -> list[torch.Tensor]:
+    """Output, facts and gradients of a call."""
+    seen = saw(case, mask)
+    leaves = [t.detach().requires_grad_() for t in case]
+    gradients = torch.autograd.grad(native(Case(*leaves), mask).square().sum(), leaves)
+    return [native(case, mask), *(getattr(seen, name) for name in FACTS), *seen.map, seen.output, *gradients]
+
+
+def assert_same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
+    for i, (one, other) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(one, other), f"tensor {i} differs"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_bits_do_not_depend_on_runs_threads_strides_or_company(shape, threads):
+    case = draw(**shape, width=24, value_width=40, dtype=torch.float32)
+    first = everything(case, Causal())
+    for number in (1, 2, 3, 4):
+        threads(number)
+        assert_same_bits(everything(case, Causal()), first)
+    assert_same_bits(everything(case, Causal()), first)
+    # (batch length heads width) in memory, as layers have it.
+    strided = Case(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in case))
+    assert_same_bits(everything(strided, Causal()), first)
+    scattered = Case(*(torch.stack([t, t], dim=-1)[..., 0] for t in case))
+    assert scattered.key.stride(-1) != 1
+    assert_same_bits(everything(scattered, Causal()), first)
+    alone = everything(Case(*(t[:1] for t in case)), Causal())
+    assert_same_bits(alone, [t[:1] for t in first])
+
+
+def test_seeing_changes_no_bit():
+    for shape in SHAPES.values():
+        case = draw(**shape, width=24, value_width=40, dtype=torch.float32)
+        for options in ({}, {"received": False, "map_block": 0}, {"map_block": 1000}, {"top": 0}, {"top": 40}):
+            assert torch.equal(saw(case, Causal(), **options).output, native(case, Causal()))
+
+
+def test_what_lies_around_the_buffers_is_never_read(instructions):
+    def poisoned(t: torch.Tensor) -> torch.Tensor:
+        room = torch.full((t.shape[0], t.shape[1], t.shape[2] + 2, t.shape[3] + 40), torch.nan)
+        room[:, :, 1:-1, 20 : 20 + t.shape[3]] = t
+        return room[:, :, 1:-1, 20 : 20 + t.shape[3]]
+
+    case = draw(queries=37, keys=291, width=19, value_width=21, dtype=torch.float32)
+    bias, allowed = torch.randn(1, 1, 37, 291), torch.rand(1, 1, 37, 291) > 0.3
+    mask = Bias(bias) & Allowed(allowed)
+    everywhere = Bias(poisoned(bias)) & Allowed(allowed)
+    assert_same_bits(everything(Case(*map(poisoned, case)), everywhere), everything(case, mask))
+
+
+def test_padding_may_hold_nan():
+    case = draw(queries=40, keys=300, dtype=torch.float32)
+    mask = Padding([270, 3])
+    dirty = Case(case.query, case.key.clone(), case.value.clone())
+    for t in (dirty.key, dirty.value):
+        t[0, :, 270:], t[1, :, 3:] = torch.nan, torch.nan
+    for clean, other in zip(everything(case, mask), everything(dirty, mask), strict=True):
+        assert torch.equal(clean, other)
+
+
+def test_large_scores_keep_their_facts():
+    case = draw(queries=50, keys=600, width=32, dtype=torch.float32)
+    big = Case(case.query * 1e4, case.key, case.value)
+    seen, exact = saw(big, Causal()), saw(big.to(torch.float64), Causal(), "reference")
+    assert seen.output.isfinite().all()
+    for name in ("logsumexp", "entropy", "sink", "top_weights"):
+        torch.testing.assert_close(getattr(seen, name).double(), getattr(exact, name), atol=2e-2, rtol=1e-6)
+    torch.testing.assert_close(seen.received.sum(-1), torch.full((2, 4), 50.0), atol=1e-3, rtol=0)
+
+
+def test_conservation():
+    case = draw(queries=333, keys=777, width=16, dtype=torch.float32)
+    mask = Causal() & Padding([777, 500])
+    seen = saw(case, mask, map_block=50)
+    live = (seen.logsumexp > -math.inf).sum(-1).float()
+    torch.testing.assert_close(seen.received.sum(-1), live, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(seen.map.sum.sum((-1, -2)), live, rtol=1e-6, atol=1e-3)
+    by_block = F.pad(seen.received, (0, -777 % 50)).unflatten(-1, (-1, 50)).sum(-1)
+    torch.testing.assert_close(seen.map.sum.sum(-2), by_block, rtol=1e-5, atol=1e-4)
+
+
+def test_ties_go_to_the_lowest_key(instructions):
+    case = Case(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 600, 4), torch.randn(1, 1, 600, 4))
+    for top in (1, 8, 20):
+        assert torch.equal(saw(case, top=top).top_keys[0, 0], torch.arange(top).expand(3, top))
+
+
+def test_empty_rows_and_no_keys():
+    case = draw(queries=5, keys=3, dtype=torch.float32)  # the first two queries stand before all keys
+    seen = saw(case, Causal())
+    assert (seen.output[:, :, :2] == 0).all() and (seen.logsumexp[:, :, :2] == -math.inf).all()
+    assert (seen.top_keys[:, :, :2] == -1).all() and (seen.entropy[:, :, :2] == 0).all()
+    hidden = saw(case, Bias(torch.full((5, 3), -torch.inf)))
+    assert (hidden.output == 0).all() and (hidden.received == 0).all()
+    nothing = saw(draw(queries=5, keys=0, dtype=torch.float32))
+    assert nothing.output.shape == (2, 4, 5, 5) and (nothing.output == 0).all()
+
+
+def test_nan_is_not_swallowed():
+    for place in ("query", "key", "value"):
+        case = draw(queries=20, keys=300, dtype=torch.float32)
+        getattr(case, place)[1, 0, 7, 2] = torch.nan
+        assert native(case).isnan().any(), place
+    with pytest.raises(ValueError, match="NaN"):
+        case = draw(queries=20, keys=300, dtype=torch.float32)
+        case.query[0, 1, 3, 0] = torch.nan
+        saw(case)
+
+
+def test_subnormal_weights_cost_no_precision_elsewhere(instructions):
+    case = Case(
+        torch.tensor([[[[1.0]]]]), torch.tensor([0.0, -80.0, -95.0, -1e30]).view(1, 1, 4, 1), torch.eye(4)[None, None]
+    )
+    weights = native(case, scale=1.0)[0, 0, 0]
+    torch.testing.assert_close(weights[:2], torch.tensor([1.0, math.exp(-80)]), rtol=3e-6, atol=0)
+    assert weights[2] < 1e-38 and weights[3] == 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad):
+    case = draw(queries=20, keys=30, width=8, value_width=8, dtype=torch.float32)
+    masks = (torch.tensor([30, 4]), torch.rand(1, 1, 20, 30) > 0.2, torch.randn(2, 1, 1, 30), None, torch.zeros(4))
+    arguments = (*case, *masks, -1, 0, 0.3, 0.0)
+    if not grad:
+        torch.library.opcheck(torch.ops.sightline.forward.default, arguments)
+        torch.library.opcheck(torch.ops.sightline.observe.default, (*arguments, 3, True, 8, 2))
+        return
+    output, logsumexp = torch.ops.sightline.forward(*arguments)
+    torch.library.opcheck(torch.ops.sightline.backward.default, (output, output, logsumexp, *arguments))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch's tracer does
+def test_compiles_whole_with_its_gradient():
+    case = draw(queries=20, keys=20, dtype=torch.float32)
+
+    def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        once = attention(query, key, value, Causal(), implementation="cpu")
+        return once.sum() + attention(query, key, value, implementation="cpu").square().sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (step, compiled):
+        leaves = [t.clone().requires_grad_() for t in case]
+        results.append(torch.autograd.grad(function(*leaves), leaves))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_exports():
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attention(x, x, x, Causal(), implementation="cpu")
+
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(torch.export.export(Module(), (x,)).module()(x), Module()(x))
+
+
+def test_autocast():
+    case = draw(queries=20, keys=20, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = native(case)
+    assert torch.equal(output, native(case.to(torch.bfloat16)))
+
+
+def test_auto_takes_it_where_it_can():
+    case = draw(dtype=torch.float32, queries=600, keys=1200, width=16)
+    assert choose(*case, Mask()).implementation == "cpu"
+    assert choose(*draw(dtype=torch.float32), Mask()).implementation == "sdpa"
+    assert choose(*draw(dtype=torch.float32), Mask(), softcap=1.0).implementation == "cpu"
+    assert choose(*draw(dtype=torch.bfloat16), Mask()).implementation == "cpu"
+    assert cpu.instructions() in choose(*case, Mask(), observing=True).reason
+    assert choose(*case.to(torch.float64), Mask()).implementation != "cpu"
+    assert choose(*case, Mask(), dropout=0.5).implementation != "cpu"
+    assert choose(*case, Bias(torch.zeros(7, 11, requires_grad=True))).implementation != "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 0.1}, "no dropout"),
+        ({"mask": Bias(torch.zeros(7, 11, requires_grad=True))}, "no gradient"),
+    ],
+)
+def test_asking_for_what_it_has_not_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*draw(dtype=torch.float32), implementation="cpu", **options)
+    with pytest.raises(ValueError, match="float64"):
+        attention(*draw(dtype=torch.float64), implementation="cpu")
+
+
+def test_without_the_library_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(cpu, "MISSING", f"the native kernel is not built; {cpu.HOW_TO_GET_IT}")
+    case = draw(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"python -m sightline\.kernels\.build"):
+        native(case)
+    assert sl.attention(*case).shape == (2, 4, 7, 5)
+
+
+def test_unknown_instructions_are_an_error():
+    with pytest.raises(ValueError, match="instructions must be one of"):
+        cpu.use_instructions("sparc")
+
+
+@pytest.mark.slow
+def test_a_hundred_runs_have_the_same_bits():
+    case = draw(batch=3, queries=97, keys=1025, width=33, dtype=torch.float32)
+    first = everything(case, Causal())
+    for _ in range(100):
+        assert_same_bits(everything(case, Causal()), first)
