@@ -290,6 +290,8 @@ def _prepare(
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1:3]
+    if not width:
+        raise ShapeError(f"{where}: width is 0 in query and key; scores need at least 1")
     if heads != groups and (groups == 0 or heads % groups):
         raise ShapeError(f"{where}: {heads} heads cannot share {groups} groups of keys; heads must be a multiple")
     recipe = _recipe(where, mask)

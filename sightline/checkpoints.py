@@ -95,7 +95,12 @@ def write_model(folder: Path, model: Decoder) -> None:
     save_file(tensors, folder / "model.safetensors")
     tokenizer = model.tokenizer
     kind = None if tokenizer is None else tokenizer.kind
-    head = {"format": FORMAT, "model": "decoder", "tokenizer": kind}
+    head = {
+        "format": FORMAT,
+        "model": "decoder",
+        "tokenizer": kind,
+        "tokens_sha256": tokenizer and tokenizer.tokens_sha256,
+    }
     write_json(folder / "config.json", {**head, **model.config.to_dict()})
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
@@ -153,7 +158,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
     """What a checkpoint's model is, without its weights: its config and its tokenizer."""
     file = folder / "config.json"
     data = read_json(file)
-    head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer")}
+    head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer", "tokens_sha256")}
     if head["format"] != FORMAT or head["model"] != "decoder":
         raise ValueError(
             f"expected {file} to say format {FORMAT} and model 'decoder', got {head['format']!r} and "
@@ -168,7 +173,11 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
         raise ValueError(f"in {file}: {error}") from error
     if head["tokenizer"] is None:
         return config, None
-    return config, _read_tokenizer(folder / "tokenizer.json", head["tokenizer"], config.vocabulary)
+    file = folder / "tokenizer.json"
+    tokenizer = _read_tokenizer(file, head["tokenizer"], config.vocabulary)
+    if tokenizer.tokens_sha256 != head["tokens_sha256"]:
+        raise ValueError(f"expected {file} to hold the tokens that the model was trained with, got others: {_FOREIGN}")
+    return config, tokenizer
 
 
 def load_weights(model: Decoder, folder: Path) -> None:

@@ -295,8 +295,8 @@ def _load(folder: Path) -> Decoder:
 
 def _open(source: str, errors: Errors) -> Corpus:
     corpus = open_corpus(source, errors=errors)
-    for left_out in corpus.skipped:
-        _note(left_out)
+    if corpus.left_out:
+        _note(corpus.left_out)
     return corpus
 
 
@@ -305,7 +305,8 @@ def _download(source: str) -> None:
 
     if source not in DOWNLOADS:
         raise ValueError(f"--download fetches {' or '.join(DOWNLOADS)}, not {source!r}; drop it for a text of your own")
-    print(f"fetching {DOWNLOADS[source]}", file=sys.stderr)
+    wanted = DOWNLOADS[source]
+    print(f"fetching {wanted.url} ({wanted.size / 1e6:.1f} MB, {wanted.licence})", file=sys.stderr)
     download(source, cache_folder())
 
 
@@ -330,9 +331,14 @@ def _stream(prompt: str, pieces: Iterator[str]) -> None:
     print(prompt, end="", flush=True)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(_harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     finally:
         print()
+
+
+def _harmless(text: str) -> str:
+    """What a terminal shows and does not obey: a model may write any byte."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _free(out: Path) -> Path:

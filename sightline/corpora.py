@@ -63,6 +63,14 @@ class Corpus:
         """The splits there are, among "train", "valid", "test"."""
         return tuple(self.spans)
 
+    @property
+    def left_out(self) -> str:
+        """One line about `skipped`: how many, and the first of them; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        more = f"; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
+        return " ".join(f"{self.name}: {len(self.skipped)} left out: {'; '.join(self.skipped[:3])}{more}".split())
+
     def texts(self, split: str) -> Iterator[str]:
         """The text of a split in pieces of about 64 kB, line ends and all as they are in the files.
 

@@ -141,8 +141,8 @@ class Capture:
 
         >>> from sightline.models import DecoderConfig
         >>> model = Decoder(DecoderConfig.modern(vocabulary=9, d_model=32, num_layers=1))
-        >>> capture(model, [3, 1, 4, 1]).weights(0, 2, queries=slice(0, 1))
-        tensor([[1., 0., 0., 0.]])
+        >>> capture(model, [3, 1, 4, 1]).weights(0, 2, queries=slice(0, 1)).round(decimals=3).tolist()
+        [[1.0, 0.0, 0.0, 0.0]]
         """
         if not 0 <= head < self.num_heads:
             raise ValueError(f"capture: heads are 0 to {self.num_heads - 1}, got head {head}")

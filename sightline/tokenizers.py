@@ -127,6 +127,11 @@ class Tokenizer:
         """The sha256 of rules and vocabulary: equal for tokenizers that encode alike."""
         return hashlib.sha256(self._backend.to_str().encode("utf-8")).hexdigest()
 
+    @property
+    def tokens_sha256(self) -> str:
+        """The sha256 of the tokens in the order of their ids, whatever wrote the file."""
+        return hashlib.sha256(json.dumps(self._tokens).encode("utf-8")).hexdigest()
+
     def __len__(self) -> int:
         """The size of the vocabulary."""
         return len(self._tokens)

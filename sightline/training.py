@@ -75,8 +75,8 @@ def train(
     _decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
     corpus = open_corpus(source, errors=errors)
-    for left_out in corpus.skipped:
-        warnings.warn(left_out, stacklevel=2)
+    if corpus.left_out:
+        warnings.warn(corpus.left_out, stacklevel=2)
     RunFolder(out, resume=resume)
     if resume:
         text = _same_tokenizer(out, tokenizer, vocabulary)

@@ -313,6 +313,7 @@ def test_auto_without_the_native_kernel_keeps_memory_linear(monkeypatch):
         (lambda q, k, v: attention(q, k, v, dropout=1.0), ValueError, "dropout must be at least 0 and below 1, got 1"),
         (lambda q, k, v: attention(q, k, v, softcap=0.0), ValueError, "softcap must be above 0, got 0"),
         (lambda q, k, v: attention(q, k, v, sinks=torch.ones(3)), ShapeError, "heads is 3 in sinks but 4"),
+        (lambda q, k, v: attention(q[..., :0], k[..., :0], v), ShapeError, "width is 0 in query and key"),
         (lambda q, k, v: attention(q, k, v, implementation="fast"), ValueError, "unknown implementation 'fast'; exp"),
         (lambda q, k, v: attention(q, k, v, implementation="triton"), ValueError, "'triton' is not part of this build"),
     ],

@@ -263,6 +263,7 @@ def change_config(folder, **changes):
         ({"format": 2}, r"to say format 1 and model 'decoder', got 2 and 'decoder'"),
         ({"format": "remove", "model": "remove"}, r"got None and None: it was written by another program"),
         ({"vocabulary": 99}, r"to hold the 99 tokens of the kind '\w+' that config.json asks for, got \d+"),
+        ({"tokens_sha256": "0" * 64}, r"to hold the tokens that the model was trained with, got others"),
         ({"tokenizer": "words"}, r"tokens of the kind 'words' that config.json asks for, got \d+ of 'characters'"),
     ],
 )

@@ -144,7 +144,7 @@ def test_what_is_left_out_of_a_folder_is_told(trained, tmp_path, capsys):
         ("look", "--text", folder, "--model", trained, "--out", tmp_path / "attention.html"),
     ):
         assert run(*command) == 0
-        assert "note: b.png is binary, not text: NUL byte at offset 4\n" in capsys.readouterr().err
+        assert "note: texts: 1 left out: b.png is binary, not text: NUL byte at offset 4\n" in capsys.readouterr().err
 
 
 def test_the_demo(tmp_path, monkeypatch, capsys):

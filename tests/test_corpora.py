@@ -254,6 +254,7 @@ def test_without_valid_train_is_cut_and_test_kept(tmp_path):
         "test": "test",
     }
     assert corpus.skipped == ("README.md is not train, valid or test",)
+    assert corpus.left_out == f"{corpus.name}: 1 left out: README.md is not train, valid or test"
 
 
 def test_two_texts_for_a_split_are_an_error(tmp_path):
