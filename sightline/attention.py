@@ -211,20 +211,23 @@ def choose(
     """
     if implementation not in ("auto", "cpu"):
         return _asked_for(implementation, observing, plain=softcap is None and sinks is None)
+    queries, keys = query.shape[-2], key.shape[-2]
+    plain, few = softcap is None and sinks is None, queries * keys <= DENSE_SCORES
+    light = plain and few and query.dtype == torch.float32 and query.numel() * keys <= SMALL_PRODUCT
+    if implementation == "auto" and light and not observing:
+        return Choice("sdpa", "as fast as any for so few scores, and costs least to call")
     refusal = cpu.refusal(query, value, _numbers(mask), dropout=dropout)
     if implementation == "cpu":
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")
         return Choice("cpu", "asked for by name")
-    if not refusal and (query.dtype != torch.float32 or observing or query.numel() * key.shape[-2] > SMALL_PRODUCT):
+    if not refusal:
         return Choice("cpu", f"the native kernel ({cpu.instructions()}) is the fastest here")
     if observing:
         return Choice("tiled", "says what it saw in O(N) memory on any device")
-    if softcap is not None or sinks is not None:
-        name = "tiled" if refusal else "cpu"
-        return Choice(name, "PyTorch's SDPA has neither softcap nor sinks")
-    queries, keys = query.shape[-2], key.shape[-2]
-    if queries * keys <= DENSE_SCORES:
+    if not plain:
+        return Choice("tiled", "PyTorch's SDPA has neither softcap nor sinks")
+    if few:
         return Choice("sdpa", f"the fastest here, and {queries} x {keys} scores a head are few")
     if value.shape[-1] != query.shape[-1] or dropout:
         return Choice("tiled", "SDPA would hold all weights: dropout, or values of another width than keys")
