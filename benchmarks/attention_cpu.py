@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Report, arguments, interleaved
+from measure import Report, arguments
 
 import sightline as sl
+from sightline.bench import interleaved
 from sightline.kernels import cpu
 
 PROBE_ROUNDS = 200_000

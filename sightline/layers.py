@@ -155,9 +155,7 @@ class MultiHeadAttention(nn.Module):
         """
         if context is not None and (cache is not None or self.rotary is not None):
             raise ValueError("MultiHeadAttention: a context goes with neither a cache nor rotary positions")
-        source = x if context is None else context
-        query = self.query(x).unflatten(-1, (self.num_heads, -1))
-        key, value = (linear(source).unflatten(-1, (self.num_groups, -1)) for linear in (self.key, self.value))
+        query, key, value = self._project(x, context)
         if self.query_norm is not None and self.key_norm is not None:
             # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
             dtype = self.query_norm.weight.dtype
@@ -175,6 +173,23 @@ class MultiHeadAttention(nn.Module):
             heads = attention(query, key, value, mask, dropout=self.dropout if self.training else 0.0)
         output = self.output(heads.transpose(1, 2).flatten(-2))
         return (output, _weights(query, key, value, mask).flatten(0, 1)) if return_weights else output
+
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch queries heads width), (batch keys groups width), (batch keys groups value_width)."""
+        maps = (self.query, self.key, self.value)
+        if self.training and context is None:
+            # One product instead of three, and two instead of six in the backward, for a copy of the weights.
+            bias = None if self.query.bias is None else torch.cat([linear.bias for linear in maps])
+            joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
+            query, key, value = joined.split([linear.out_features for linear in maps], dim=-1)
+        else:
+            source = x if context is None else context
+            query, key, value = self.query(x), self.key(source), self.value(source)
+        return (
+            query.unflatten(-1, (self.num_heads, -1)),
+            key.unflatten(-1, (self.num_groups, -1)),
+            value.unflatten(-1, (self.num_groups, -1)),
+        )
 
     def _mask(self, given: Mask | Tensor | None) -> Mask | Tensor | None:
         if not self.causal and self.slopes is None:

@@ -94,7 +94,7 @@ class Trainer:
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(self.device).flatten())
         self.optimizer.zero_grad()
         loss.backward()
-        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
 
     def seen(self) -> list[Step]:
         """Looks at the losses not looked at yet.

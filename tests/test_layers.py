@@ -176,9 +176,18 @@ def test_masks_meet_the_causal_one_and_tensors_mean_allowed():
             layer(x, mask=given.float())
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": False, "num_groups": 2}, {"d_k": 16, "d_v": 4}])
+def test_training_joins_the_maps_without_changing_what_they_give(options):
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(8, 4, **options).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    joined = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    apart = torch.autograd.grad(layer.eval()(x).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(joined, apart)
+
+
 def test_cross_attention_reads_the_context():
     torch.manual_seed(0)
-    layer = MultiHeadAttention(8, 2)
+    layer = MultiHeadAttention(8, 2).eval()  # in training self-attention joins its maps, and rounds otherwise
     x, context = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
     output, weights = layer(x, context, return_weights=True)
     assert output.shape == (2, 3, 8) and weights.shape == (4, 3, 6)
