@@ -12,9 +12,13 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+MOST_AGREED = 1024
 
 
 class ShapeError(ValueError):
@@ -45,27 +49,21 @@ def shaped(function: Function) -> Function:
     plan = tuple((i, name, axes) for i, name in enumerate(names) if (axes := _axes(hints.get(name))))
     where = function.__name__
 
+    agreed: set[tuple[torch.Size | None, ...]] = set()  # shapes that were checked: a lookup costs a fifth of a check
+
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        sizes: dict[str, int] = {}
-        short: bool | None = None
         given = len(args)
-        for index, name, axes in plan:
-            tensor = args[index] if index < given else kwargs.get(name)
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-            shape = tensor.shape
-            if short is None:
-                short = len(shape) == len(axes.short)
-            words = axes.short if short else axes.full
-            if len(shape) != len(words):
-                raise _error(f"{name} has {len(shape)} axes, not {len(words)}", where, plan, args, kwargs, short)
-            for axis, size in zip(words, shape, strict=True):
-                if size != sizes.setdefault(axis, size):
-                    message = f"{axis} is {size} in {name} but {sizes[axis]} before it"
-                    raise _error(message, where, plan, args, kwargs, short)
+        tensors = [args[i] if i < given else kwargs.get(name) for i, name, _ in plan]
+        if torch.compiler.is_compiling() or not all(t is None or isinstance(t, Tensor) for t in tensors):
+            _check(where, plan, tensors)
+            return function(*args, **kwargs)
+        shapes = tuple([None if t is None else t.shape for t in tensors])
+        if shapes not in agreed:
+            _check(where, plan, tensors)
+            if len(agreed) >= MOST_AGREED:
+                agreed.clear()
+            agreed.add(shapes)
         return function(*args, **kwargs)
 
     return typing.cast(Function, checked)
@@ -80,17 +78,35 @@ def _axes(hint: Any) -> _Axes | None:
     return None
 
 
+def _check(where: str, plan: tuple[tuple[int, str, _Axes], ...], tensors: list[Tensor | None]) -> None:
+    sizes: dict[str, int] = {}
+    short: bool | None = None
+    for (_, name, axes), tensor in zip(plan, tensors, strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        shape = tensor.shape
+        if short is None:
+            short = len(shape) == len(axes.short)
+        words = axes.short if short else axes.full
+        problem = ""
+        if len(shape) != len(words):
+            problem = f"{name} has {len(shape)} axes, not {len(words)}"
+        else:
+            for axis, size in zip(words, shape, strict=True):
+                if size != sizes.setdefault(axis, size):
+                    problem = f"{axis} is {size} in {name} but {sizes[axis]} before it"
+                    break
+        if problem:
+            raise _error(f"{where}: {problem}", plan, tensors, short)
+
+
 def _error(
-    problem: str,
-    where: str,
-    plan: tuple[tuple[int, str, _Axes], ...],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    short: bool,
+    problem: str, plan: tuple[tuple[int, str, _Axes], ...], tensors: list[Tensor | None], short: bool
 ) -> ShapeError:
-    rows = [f"{where}: {problem}"]
-    for index, name, axes in plan:
-        tensor = args[index] if index < len(args) else kwargs.get(name)
+    rows = [problem]
+    for (_, name, axes), tensor in zip(plan, tensors, strict=True):
         if isinstance(tensor, Tensor):
             words = " ".join(axes.short if short else axes.full)
             rows.append(f"  {name:<8} {tuple(tensor.shape)!s:<18} {words}")
