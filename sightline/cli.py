@@ -114,7 +114,7 @@ def train(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     out: Annotated[Path, arg(help="The folder of the run.")],
     preset: Annotated[Preset, arg(help="modern: Qwen3's architecture; classic: the 2017 paper's.")] = "modern",
-    model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008 (frozen)
+    model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm] (made above)  # noqa: B008 (frozen)
     tokenizer: Annotated[Kind | None, arg(help="None: words for WikiText's format, else bpe.")] = None,
     vocabulary: Annotated[int | None, arg(help="Tokens at most. None: by the amount of text.")] = None,
     schedule: OmitArgPrefixes[Training] = Training(),
