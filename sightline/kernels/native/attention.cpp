@@ -285,7 +285,7 @@ void run_forward(const Call& call, bool seeing) {
   int64_t folded = call.batch * call.heads / plan.fold;
   double work = multiply_adds(call);
   // Packing a tile costs about as much as ten queries against it: more blocks than two share what is packed.
-  bool packs = plan.chunks == 1 && plan.blocks * (call.heads / call.groups) > 2;
+  bool packs = plan.chunks == 1 && plan.blocks * (call.heads / call.groups) > 2 && !kernels.reads_directly(call);
   plan.packed_group = kernels.packed_group(call);
   plan.partial_state = plan.chunks > 1 ? kernels.partial_state(call, plan) : 0;
   int64_t strip = plan.chunks > 1 && plan.strip_kept ? kernels.strip_floats(call, plan, tiles) : 0;

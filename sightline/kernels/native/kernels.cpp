@@ -24,8 +24,8 @@ void probe(int64_t rounds, float* out) {
 #define TEXT(x) TEXT_OF(x)
 extern const Kernels NAME(SIGHTLINE_ISA);
 const Kernels NAME(SIGHTLINE_ISA) = {
-    TEXT(SIGHTLINE_ISA), kRows,     packed_group,  partial_state,    strip_floats,   scratch_floats, pack, attend, merge,
-    gather,              kBackRows, kBackTile,     plan_backward,    backward_scratch, pack_row_block,
-    backward,            gather_queries, probe,
+    TEXT(SIGHTLINE_ISA), kRows,  reads_directly, packed_group, partial_state, strip_floats,     scratch_floats,
+    pack,                attend, merge,          gather,       kBackRows,     kBackTile,        plan_backward,
+    backward_scratch,    pack_row_block,         backward,     gather_queries, probe,
 };
 }  // namespace sightline

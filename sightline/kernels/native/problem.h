@@ -86,6 +86,7 @@ struct BackwardPlan {
 struct Kernels {
   const char* name;
   int64_t rows;  // of a row group
+  bool (*reads_directly)(const Call&);  // keys and values are read where they lie, never packed
   int64_t (*packed_group)(const Call&);
   int64_t (*partial_state)(const Call&, const Plan&);
   int64_t (*strip_floats)(const Call&, const Plan&, int64_t tiles);
