@@ -152,8 +152,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     if (shapes_scores(call)) shape_row(call, block.batch, row[r], first, start, stop, line);
     for (int64_t k = left; k < start; ++k) line[k] = -kInfinity;
     for (int64_t k = stop; k < right; ++k) line[k] = -kInfinity;
-    V maxima = lane_maxima(line, left, right);
-    float largest = max_lanes(maxima);
+    Maxima maxima = lane_maxima(line, left, right);
+    float largest = max_lanes(max(maxima.even, maxima.odd));
     if constexpr (kSeeing) {
       float* best = state.top_scores + (begin + r) * call.top;
       if (call.top && largest > best[call.top - 1]) {

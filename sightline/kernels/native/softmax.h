@@ -171,6 +171,40 @@ static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t fi
     return;
   }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // As above, in one register of 8: what is smaller moves up by a lane.
+  if (top <= kLanes) {
+    const __m256i from_below = _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6);
+    const __m256i not_first = _mm256_setr_epi32(0, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i last = _mm256_set1_epi32((int)top - 1), all = first_lanes((int)top);
+    V list = _mm256_blendv_ps(splat(-kInfinity), _mm256_maskload_ps(best, all), _mm256_castsi256_ps(all));
+    V bar = _mm256_permutevar8x32_ps(list, last);
+    __m256i list_keys = _mm256_maskload_epi32(keys, all);
+    for (int64_t k = begin; k < end; k += kLanes) {
+      V score = load(scores + k);
+      unsigned high = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(score, splat(floor), _CMP_GE_OQ));
+      for (unsigned over = greater(score, bar) & high; over;) {
+        int lane = __builtin_ctz(over);
+        V x = splat(scores[k + lane]);
+        V less = _mm256_cmp_ps(list, x, _CMP_LT_OQ);
+        __m256i smaller = _mm256_castps_si256(less);
+        // Its place is the first smaller lane.
+        __m256i below = _mm256_and_si256(_mm256_permutevar8x32_epi32(smaller, from_below), not_first);
+        __m256i place = _mm256_andnot_si256(below, smaller);
+        V moved = _mm256_blendv_ps(_mm256_permutevar8x32_ps(list, from_below), x, _mm256_castsi256_ps(place));
+        __m256i key = _mm256_set1_epi32((int)(first + k + lane));
+        __m256i moved_keys = _mm256_blendv_epi8(_mm256_permutevar8x32_epi32(list_keys, from_below), key, place);
+        list = _mm256_blendv_ps(list, moved, less);
+        list_keys = _mm256_blendv_epi8(list_keys, moved_keys, smaller);
+        bar = _mm256_permutevar8x32_ps(list, last);
+        over = greater(score, bar) & high & (~1u << lane);
+      }
+    }
+    _mm256_maskstore_ps(best, all, list);
+    _mm256_maskstore_epi32(keys, all, list_keys);
+    return;
+  }
+#endif
   for (int64_t k = begin; k < end; k += kLanes)
     for (unsigned over = greater(load(scores + k), splat(best[top - 1])); over; over &= over - 1) {
       int lane = __builtin_ctz(over);
@@ -179,25 +213,29 @@ static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t fi
     }
 }
 
-// The largest score of each lane; [begin, end) is whole panels.
-static V lane_maxima(const float* scores, int64_t begin, int64_t end) {
+// The largest scores of the even vectors and of the odd ones, lane by lane; [begin, end) is whole panels.
+struct Maxima {
+  V even, odd;
+};
+
+static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
   V even = splat(-kInfinity), odd = even;
   for (int64_t k = begin; k < end; k += kPanel) {
     even = max(even, load(scores + k));
     odd = max(odd, load(scores + k + kLanes));
   }
-  return max(even, odd);
+  return {even, odd};
 }
 
-// A score that at least `top` scores reach: the least of as many lanes' maxima, where there are enough lanes.
-static float floor_of(V maxima, int64_t top) {
-  float lanes[kLanes], least_of_them = kInfinity;
-  store(lanes, maxima);
-  if (top > kLanes / 2) return -kInfinity;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    float pair = lanes[i] > lanes[i + kLanes / 2] ? lanes[i] : lanes[i + kLanes / 2];
-    if (pair < least_of_them) least_of_them = pair;
-  }
+// A score that at least `top` scores reach: the least of as many maxima, where there are as many.
+static float floor_of(const Maxima& maxima, int64_t top) {
+  float each[2 * kLanes], least_of_them = kInfinity;
+  store(each, maxima.even), store(each + kLanes, maxima.odd);
+  int64_t count = 2 * kLanes;
+  if (top > count) return -kInfinity;
+  for (; count / 2 >= top; count /= 2)
+    for (int64_t i = 0; i < count / 2; ++i) each[i] = each[i] > each[i + count / 2] ? each[i] : each[i + count / 2];
+  for (int64_t i = 0; i < count; ++i) least_of_them = each[i] < least_of_them ? each[i] : least_of_them;
   return least_of_them;
 }
 
@@ -207,26 +245,42 @@ struct Sums {
 
 // Scores [begin, end) of a row become exponentials, and with kPairs also their bf16 in `rounded`. `away` is the query's
 // position less the tile's first key.
+//
+// Where no key lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
+// addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times.
 template <bool kSeeing, bool kPairs>
 static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away, bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
-  V lane = zero();
-  if constexpr (kSeeing) {
-    float counted[kLanes];
-    for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(begin + i);
-    lane = load(counted);
-  }
-  for (int64_t k = begin; k < end; k += kLanes) {
+  auto step = [&](int64_t k) {
     V x = sub(load(scores + k), splat(shift));
     V p = exp(x);
     store(scores + k, p);
     if constexpr (kPairs) store(rounded + k, p);
     total = add(total, p);
-    if constexpr (kSeeing) {
-      moment = fma(p, max(x, splat(-88.0f)), moment);  // 0 * -infinity would be NaN
-      distance = fma(p, abs(lane), distance);
-      lane = sub(lane, splat((float)kLanes));
+    if constexpr (kSeeing) moment = fma(p, max(x, splat(-88.0f)), moment);  // 0 * -infinity would be NaN
+    return p;
+  };
+  if constexpr (!kSeeing) {
+    for (int64_t k = begin; k < end; k += kLanes) step(k);
+    return {total, moment, distance};
+  }
+  float counted[kLanes];
+  if (away >= (float)(end - 1)) {
+    V totals = zero();
+    for (int64_t k = begin; k < end; k += kLanes) {
+      step(k);
+      totals = add(totals, total);
     }
+    for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(end + i);  // of a vector behind the last
+    distance = fma(splat((float)kLanes), totals, mul(total, load(counted)));
+    return {total, moment, distance};
+  }
+  for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(begin + i);
+  V lane = load(counted);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    V p = step(k);
+    distance = fma(p, abs(lane), distance);
+    lane = sub(lane, splat((float)kLanes));
   }
   return {total, moment, distance};
 }

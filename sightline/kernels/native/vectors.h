@@ -111,11 +111,11 @@ INLINE V zero() { return _mm256_setzero_ps(); }
 INLINE V splat(float x) { return _mm256_set1_ps(x); }
 INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE void store(float* p, V x) { _mm256_storeu_ps(p, x); }
-INLINE __m256i first(int n) {
+INLINE __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-INLINE V load_some(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
-INLINE void store_some(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+INLINE V load_some(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+INLINE void store_some(float* p, V x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
@@ -137,8 +137,9 @@ INLINE float max_lanes(V x) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 INLINE V scale_by_power(V y, V n, V x, V least) {
-  __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  V scaled = _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+  // n goes to y's exponent, which has room for it; of NaN cvtps makes 2^31, of which nothing is left.
+  __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  V scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
   return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), scaled);
 }
 INLINE V load(const bfloat16* p) {
