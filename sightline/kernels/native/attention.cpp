@@ -300,12 +300,23 @@ void run_forward(const Call& call, bool seeing) {
   plan.shared_received = shares ? plan.strips + sizes[2] : call.received;
   int64_t scratch = kernels.scratch_floats(call, plan);
 
-  if (packs)
-    share_out(groups * tiles, 4.0 * (double)(groups * plan.packed_group), 0,
-              [&](int64_t unit, float*) { kernels.pack(call, plan, unit); });
   int64_t units = folded * (plan.chunks > 1 ? plan.chunks : plan.strip_kept ? plan.shares : plan.blocks);
   if (call.queries == 0) units = 0;
-  share_out(units, work, scratch, [&](int64_t unit, float* own) { kernels.attend(call, plan, unit, own); });
+  // Where groups alone keep all threads busy and fit L2, the one who packs a group attends to it: waking threads once
+  // instead of twice.
+  constexpr int64_t kPackedInL2 = 128 << 10;  // floats
+  if (packs && groups >= 2 * torch::stable::get_num_threads() && plan.packed_group <= kPackedInL2) {
+    share_out(groups, work, scratch, [&](int64_t group, float* own) {
+      for (int64_t tile = 0; tile < tiles; ++tile) kernels.pack(call, plan, group * tiles + tile);
+      for (int64_t unit = units / groups * group; unit < units / groups * (group + 1); ++unit)
+        kernels.attend(call, plan, unit, own);
+    });
+  } else {
+    if (packs)
+      share_out(groups * tiles, 4.0 * (double)(groups * plan.packed_group), 0,
+                [&](int64_t unit, float*) { kernels.pack(call, plan, unit); });
+    share_out(units, work, scratch, [&](int64_t unit, float* own) { kernels.attend(call, plan, unit, own); });
+  }
   if (plan.chunks > 1 && call.queries)
     share_out(folded, work / 100, scratch, [&](int64_t unit, float* own) { kernels.merge(call, plan, unit, own); });
   if (call.received && !call.queries)
