@@ -124,6 +124,12 @@ class Mask:
             allowed = _merge(allowed, exists, torch.logical_and)
         return Tile(allowed, None if bias is None else bias.to(dtype))
 
+    def window(self, rows: tuple[int, int], columns: tuple[int, int]) -> "Mask":
+        """The mask of queries [rows) and keys [columns) alone; where they stand is the caller's to know."""
+        lengths = None if self.lengths is None else (self.lengths - columns[0]).clamp(0, columns[1] - columns[0])
+        allowed, bias = _cut(self.allowed, rows, columns), _cut(self.bias, rows, columns)
+        return replace(Mask(**vars(self)), lengths=lengths, allowed=allowed, bias=bias)
+
     def dense(
         self,
         queries: int,

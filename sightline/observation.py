@@ -4,12 +4,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sightline.kernels import cpu
 from sightline.masks import Mask
 
 LIMIT_BYTES = 2 * 1024**3
 """A larger window of weights is refused unless asked for with `limit_bytes=`."""
+
+STRIP_BYTES = 16 * 1024**2
+"""Weights that are pooled in plain torch operations are there this many at a time."""
 
 
 class Map(NamedTuple):
@@ -120,6 +125,59 @@ class Observation:
         total = logsumexp[..., slice(*rows)].masked_fill(logsumexp[..., slice(*rows)] == -torch.inf, 0)
         weights = (scores - total.unsqueeze(-1)).exp()
         return weights.squeeze(1) if self.query.ndim == 3 else weights
+
+    @torch.no_grad()
+    def pooled(self, *, queries: slice = slice(None), keys: slice = slice(None), block: int) -> Map:
+        """The weights of a window, pooled over squares of `block` queries and keys; O(N) memory beside the result.
+
+        The first square begins where the window does. By the native kernel where it can, else by `weights()`.
+
+        Raises:
+            ValueError: a slice with a step, or a block below 1.
+
+        >>> import sightline as sl
+        >>> x = torch.ones(1, 4, 2)
+        >>> sl.observe(x, x, x, sl.Causal()).pooled(queries=slice(2, 4), block=2).sum
+        tensor([[[1.1667, 0.8333]]])
+        """
+        if block < 1:
+            raise ValueError(f"pooled: block must be 1 or more, got {block}")
+        query, key, logsumexp = (_with_heads(t, self.query.ndim) for t in (self.query, self.key, self.logsumexp))
+        rows, columns = _bounds(queries, query.shape[-2], "queries"), _bounds(keys, key.shape[-2], "keys")
+        mask = self.mask.window(rows, columns)
+        numbers = cpu.Masks(mask.before, mask.after, mask.lengths, mask.allowed, mask.bias, mask.slopes)
+        if cpu.refusal(query, key, numbers, dropout=0.0):
+            found = self._pooled_in_strips(rows, columns, block)
+        else:
+            found = cpu.pool(
+                query[..., slice(*rows), :],
+                key[..., slice(*columns), :],
+                logsumexp[..., slice(*rows)],
+                numbers,
+                scale=self.scale,
+                softcap=self.softcap,
+                position=rows[0] + key.shape[-2] - query.shape[-2] - columns[0],
+                block=block,
+            )
+        return Map(*(t.squeeze(1) if self.query.ndim == 3 else t for t in found))
+
+    def _pooled_in_strips(self, rows: tuple[int, int], columns: tuple[int, int], block: int) -> tuple[Tensor, Tensor]:
+        """Strips of whole blocks, so thin that their weights stay small."""
+        query = _with_heads(self.query, self.query.ndim)
+        wide = columns[1] - columns[0]
+        a_row = query.shape[0] * query.shape[1] * max(1, wide) * self.logsumexp.element_size()
+        strip = block * max(1, STRIP_BYTES // (a_row * block))
+        shape = (*query.shape[:2], -(-(rows[1] - rows[0]) // block), -(-wide // block))
+        total, largest = self.logsumexp.new_zeros(shape), self.logsumexp.new_zeros(shape)
+        for first in range(*rows, strip):
+            last = min(first + strip, rows[1])
+            weights = self.weights(queries=slice(first, last), keys=slice(*columns), limit_bytes=2**62)
+            weights = _with_heads(weights, self.query.ndim)
+            weights = F.pad(weights, (0, -wide % block, 0, (first - last) % block))
+            squares = weights.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+            place = slice((first - rows[0]) // block, -(-(last - rows[0]) // block))
+            total[..., place, :], largest[..., place, :] = squares.sum((-1, -3)), squares.amax((-1, -3))
+        return total, largest
 
     def _fact(self, name: str, option: str) -> Tensor:
         if name not in self.facts:

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Case, draw
 from test_attention import MASKS, OPTIONS
 
 from sightline.attention import attention, observe
-from sightline.masks import Allowed, Bias, Causal, Padding, Window
+from sightline.kernels import cpu
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
 
 FACTS = ("output", "logsumexp", "entropy", "distance", "sink", "top_weights", "received")
 
@@ -206,3 +208,44 @@ def test_nothing_to_see(name, queries, keys):
     assert seen.entropy.shape == (2, 4, queries)
     assert seen.received.shape == (2, 4, keys)
     assert (seen.received == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["native", "strips"])
+@given(
+    lengths=st.tuples(st.integers(1, 70), st.integers(1, 90)),
+    block=st.integers(1, 40),
+    corners=st.tuples(*[st.floats(0, 1)] * 4),
+    mask=st.sampled_from(
+        [
+            Mask(),
+            Causal(),
+            Window(before=20, after=3) & ALiBi(4),
+            Padding([40, 1]),
+            Bias(torch.linspace(-3, 3, 90)[None]) & Causal(),
+        ]
+    ),
+    softcap=st.sampled_from([None, 2.0]),
+)
+def test_pooled_windows_are_pooled_weights(implementation, lengths, block, corners, mask, softcap):
+    if implementation == "native" and cpu.MISSING:
+        pytest.skip(cpu.MISSING)
+    queries, keys = lengths
+    if mask.bias is not None:
+        mask = Mask(**(vars(mask) | {"bias": mask.bias[:, :keys]}))
+    case = draw(queries=queries, keys=keys)
+    rows = slice(*sorted(round(corner * queries) for corner in corners[:2]))
+    columns = slice(*sorted(round(corner * keys) for corner in corners[2:]))
+    weights = observe(*case, mask, softcap=softcap, implementation="reference").weights(queries=rows, keys=columns)
+    padded = F.pad(weights, (0, -weights.shape[-1] % block, 0, -weights.shape[-2] % block))
+    squares = padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    dtype = torch.float32 if implementation == "native" else torch.float64
+    seen = observe(*case.to(dtype), mask, softcap=softcap, implementation="reference")
+    found = seen.pooled(queries=rows, keys=columns, block=block)
+    torch.testing.assert_close(found.sum.double(), squares.sum((-1, -3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.max.double(), squares.amax((-1, -3)), rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_by_nothing_is_an_error():
+    seen = observe(*draw(), implementation="reference")
+    with pytest.raises(ValueError, match="block must be 1 or more, got 0"):
+        seen.pooled(block=0)

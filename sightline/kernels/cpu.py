@@ -1,8 +1,8 @@
 """The native CPU kernel: attention, and attention that says what it saw, in one pass and O(N) memory.
 
-The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is three torch operators,
-`sightline::forward`, `sightline::backward` and `sightline::observe`, joined by an autograd function. (Registering
-the gradient with the operator costs every call ten times what the function costs a differentiated one.)
+The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is four torch operators:
+`sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`.
+(Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
 
@@ -148,6 +148,43 @@ def observe(
     return facts | {name: fact for name, fact, want in zip(names, switched, wanted, strict=True) if want}
 
 
+def pool(
+    query: Tensor,
+    key: Tensor,
+    logsumexp: Tensor,
+    masks: Masks,
+    *,
+    scale: float,
+    softcap: float | None,
+    position: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights of a window summed, and the largest, over squares of `block`: (batch heads query_blocks key_blocks) each.
+
+    The logsumexp of the whole rows is known: (batch heads queries). `position`: how far the window's first query
+    stands behind its first key; the masks are those of the window.
+    """
+    query, key, _, lengths, allowed, bias, slopes, _, _, _, scale, softcap = _arguments(
+        query, key, key, masks, scale, softcap, None
+    )
+    before, after = (-1 if limit is None else min(limit, 2**40) for limit in masks[:2])
+    return torch.ops.sightline.pool.default(
+        query,
+        key,
+        logsumexp.contiguous(),
+        lengths,
+        allowed,
+        bias,
+        slopes,
+        before,
+        after,
+        scale,
+        softcap,
+        position,
+        block,
+    )
+
+
 class _Attention(torch.autograd.Function):
     """Keeps output and logsumexp: the weights are recomputed."""
 
@@ -218,6 +255,12 @@ if _library is not None:
         grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
     ) -> tuple[Tensor, ...]:
         return _empty_output(query, query), _empty_output(key, key), _empty_output(value, value), logsumexp.clone()
+
+    @torch.library.register_fake("sightline::pool")
+    def _(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        block, (batch, heads, queries, _) = rest[-1], query.shape
+        maps = [logsumexp.new_empty(batch, heads, -(-queries // block), -(-key.shape[-2] // block)) for _ in range(2)]
+        return maps[0], maps[1]
 
     @torch.library.register_fake("sightline::observe")
     def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -202,7 +202,7 @@ Call call_of(const Inputs& in) {
                   "sightline: the shapes of query, key and value do not belong together");
   call.query = strided(in.query), call.key = strided(in.key), call.value = strided(in.value);
   call.scale = (float)in.scale, call.softcap = (float)in.softcap;
-  call.before = in.before, call.after = in.after;
+  call.before = in.before, call.after = in.after, call.position = call.keys - call.queries;
   for (const Maybe* mask : {&in.allowed, &in.bias}) {
     if (!*mask) continue;
     int64_t full[] = {call.batch, call.heads, call.queries, call.keys};
@@ -363,6 +363,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {output, logsumexp, entropy, distance, sink, top_weights, top_keys, to_keys, map_sum, map_max};
 }
 
+// ---- windows ----
+
+// `position`: how far the window's first query stands behind its first key.
+std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Maybe& lengths,
+                                const Maybe& allowed, const Maybe& bias, const Maybe& slopes, int64_t before,
+                                int64_t after, double scale, double softcap, int64_t position, int64_t block) {
+  Call call = call_of({query, key, key, lengths, allowed, bias, slopes, {}, before, after, scale, softcap});
+  STD_TORCH_CHECK(block > 0, "sightline: block starts at 1");
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
+                      logsumexp.numel() == call.batch * call.heads * call.queries,
+                  "sightline: logsumexp must be float32 (batch heads queries)");
+  int64_t rows = ceil_div(call.queries, block), columns = ceil_div(call.keys, block);
+  Tensor sum = empty({call.batch, call.heads, rows, columns}), largest = empty({call.batch, call.heads, rows, columns});
+  call.logsumexp = floats(logsumexp), call.map_sum = floats(sum), call.map_max = floats(largest);
+  call.map_block = block, call.position = position;
+  const Kernels& kernels = *chosen.load();
+  share_out(kernels.window_units(call), multiply_adds(call), kernels.window_scratch(call),
+            [&](int64_t unit, float* own) { kernels.pool_window(call, unit, own); });
+  return {sum, largest};
+}
+
 // ---- backward ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -418,6 +439,10 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "int map_block, int sink_keys) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "pool(Tensor query, Tensor key, Tensor logsumexp, Tensor? lengths, Tensor? allowed, Tensor? bias, "
+      "Tensor? slopes, int before, int after, float scale, float softcap, int position, int block) -> "
+      "(Tensor, Tensor)");
+  library.def(
       "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
       "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
       "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -426,6 +451,7 @@ STABLE_TORCH_LIBRARY(sightline, library) {
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("forward", TORCH_BOX(&sightline::forward));
   library.impl("observe", TORCH_BOX(&sightline::observe));
+  library.impl("pool", TORCH_BOX(&sightline::pool));
   library.impl("backward", TORCH_BOX(&sightline::backward));
 }
 

@@ -78,57 +78,64 @@ static void pool(const Call& call, int64_t at, int64_t first, int64_t begin, int
   }
 }
 
-// The strip's exponentials become weights, now that each row's sum is known, and are added to what each key received
-// and to the map. `received` belongs to the rows' first head; rows of later heads follow `next_head` floats on.
-static void distribute(Block& block, int64_t from, int64_t to, const float* strip, const float* used, float* received,
-                       int64_t next_head) {
+// One row group's numbers against one tile, `weights` of (row, key), become weights by a factor a row, and are added to
+// what each key received and to the map. `received` belongs to the rows' first head; rows of later heads follow
+// `next_head` floats on.
+static void add_weights(Block& block, int64_t row_group, int64_t tile, const Columns& seen, const float* weights,
+                        const float* factor, float* received, int64_t next_head) {
   const Call& call = block.call;
-  const State& state = block.state;
   int64_t map_rows = call.map_block ? (call.queries + call.map_block - 1) / call.map_block : 0;
   int64_t map_columns = call.map_block ? (call.keys + call.map_block - 1) / call.map_block : 0;
+  int64_t begin = first_of(block, row_group), end = first_of(block, row_group + 1);
+  int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
+  int64_t stop = least(right, call.keys - tile * kTile);
   float sums[kTile + kLanes], largest[kTile + kLanes];
+  for (int64_t r = begin, count; r < end; r += count) {
+    // Rows [r, r + count) are of one head, and of one row of the map.
+    int64_t head = block.row[r].head, map_row = call.map_block ? block.row[r].query / call.map_block : 0;
+    for (count = 1; r + count < end; ++count) {
+      const Row& row = block.row[r + count];
+      if (row.head != head || (call.map_block && row.query / call.map_block != map_row)) break;
+    }
+    const float *line = weights + (r - begin) * kTile, *times = factor + (r - begin);
+    for (int64_t k = left; k < right; k += kLanes) {
+      V sum = zero(), most_seen = zero();
+      for (int64_t i = 0; i < count; ++i) {
+        V weight = mul(load(line + i * kTile + k), splat(times[i]));
+        sum = add(sum, weight);
+        most_seen = max(most_seen, weight);
+      }
+      store(sums + k, sum);
+      store(largest + k, most_seen);
+    }
+    if (received) {
+      float* to = received + (head - block.head) * next_head + tile * kTile;
+      int64_t k = left;
+      for (; k + kLanes <= stop; k += kLanes) store(to + k, add(load(to + k), load(sums + k)));
+      for (; k < stop; ++k) to[k] += sums[k];
+    }
+    if (call.map_block) {
+      int64_t at = ((block.batch * call.heads + head) * map_rows + map_row) * map_columns;
+      pool(call, at, tile * kTile, left, stop, sums, largest);
+    }
+  }
+}
+
+// The strip's exponentials become weights, now that each row's sum is known.
+static void distribute(Block& block, int64_t from, int64_t to, const float* strip, const float* used, float* received,
+                       int64_t next_head) {
+  const State& state = block.state;
   for (int64_t tile = from; tile < to; ++tile)
     for (int64_t g = 0; g < block.row_groups; ++g) {
       Columns seen = seen_columns(block, g, tile);
       int64_t begin = first_of(block, g), end = first_of(block, g + 1);
       const float* used_here = used + (tile - from) * block.rows;
       if (seen.begin >= seen.end || used_here[begin] == kInfinity) continue;
-      int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
+      float factor[kRows];
+      for (int64_t r = begin; r < end; ++r)
+        factor[r - begin] = state.inverse[r] == 0 ? 0 : exp(used_here[r] - state.largest[r]) * state.inverse[r];
       const float* weights = strip + (tile - from) * strip_tile(block.rows) + g * kRows * kTile;
-      for (int64_t r = begin; r < end;) {
-        // Rows [r, stop) are of one head, and of one row of the map.
-        int64_t head = block.row[r].head, map_row = call.map_block ? block.row[r].query / call.map_block : 0;
-        float factor[kRows];
-        int64_t count = 0;
-        for (; r + count < end; ++count) {
-          const Row& row = block.row[r + count];
-          if (row.head != head || (call.map_block && row.query / call.map_block != map_row)) break;
-          float inverse = state.inverse[r + count];
-          factor[count] = inverse == 0 ? 0 : exp(used_here[r + count] - state.largest[r + count]) * inverse;
-        }
-        const float* line = weights + (r - begin) * kTile;
-        float* to_keys = received ? received + (head - block.head) * next_head + tile * kTile : nullptr;
-        for (int64_t k = left; k < right; k += kLanes) {
-          V sum = zero(), most_seen = zero();
-          for (int64_t i = 0; i < count; ++i) {
-            V weight = mul(load(line + i * kTile + k), splat(factor[i]));
-            sum = add(sum, weight);
-            most_seen = max(most_seen, weight);
-          }
-          store(sums + k, sum);
-          store(largest + k, most_seen);
-        }
-        if (to_keys) {
-          int64_t k = left, stop = least(right, call.keys - tile * kTile);
-          for (; k + kLanes <= stop; k += kLanes) store(to_keys + k, add(load(to_keys + k), load(sums + k)));
-          for (; k < stop; ++k) to_keys[k] += sums[k];
-        }
-        if (call.map_block) {
-          int64_t at = ((block.batch * call.heads + head) * map_rows + map_row) * map_columns;
-          pool(call, at, tile * kTile, left, least(right, call.keys - tile * kTile), sums, largest);
-        }
-        r += count;
-      }
+      add_weights(block, g, tile, seen, weights, factor, received, next_head);
     }
 }
 

@@ -2,6 +2,7 @@
 // SIGHTLINE_ISA, its name. All of it has internal linkage and it includes no header of the standard library or of
 // torch: an inline function that two such files share would be kept once by the linker, in either's instructions.
 #include "backward.h"
+#include "window.h"
 
 namespace sightline {
 namespace {
@@ -24,8 +25,9 @@ void probe(int64_t rounds, float* out) {
 #define TEXT(x) TEXT_OF(x)
 extern const Kernels NAME(SIGHTLINE_ISA);
 const Kernels NAME(SIGHTLINE_ISA) = {
-    TEXT(SIGHTLINE_ISA), kRows,  reads_directly, packed_group, partial_state, strip_floats,     scratch_floats,
-    pack,                attend, merge,          gather,       kBackRows,     kBackTile,        plan_backward,
-    backward_scratch,    pack_row_block,         backward,     gather_queries, probe,
+    TEXT(SIGHTLINE_ISA), kRows,          reads_directly, packed_group,     partial_state,  strip_floats,
+    scratch_floats,      pack,           attend,         merge,            gather,         window_units,
+    window_scratch,      pool_window,    kBackRows,      kBackTile,        plan_backward,  backward_scratch,
+    pack_row_block,      backward,       gather_queries, probe,
 };
 }  // namespace sightline

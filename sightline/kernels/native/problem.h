@@ -28,6 +28,7 @@ struct Call {
   float scale;
   float softcap;           // 0: none
   int64_t before, after;   // kNone: no limit
+  int64_t position;        // of the first query, where key 0 is 0: keys - queries, but in a window
   const int64_t* lengths;  // (batch)
   Strided allowed;         // bytes, 0 or 1
   Strided bias;            // float
@@ -95,6 +96,9 @@ struct Kernels {
   void (*attend)(const Call&, const Plan&, int64_t unit, float* scratch);    // (batch, folded head, block or chunk)
   void (*merge)(const Call&, const Plan&, int64_t unit, float* scratch);     // (batch, folded head)
   void (*gather)(const Call&, const Plan&, int64_t unit);                    // (batch, head): received
+  int64_t (*window_units)(const Call&);
+  int64_t (*window_scratch)(const Call&);
+  void (*pool_window)(const Call&, int64_t unit, float* scratch);
   int64_t backward_rows;   // of a block
   int64_t backward_tile;   // keys
   void (*plan_backward)(const Call&, BackwardPlan&);  // fills packed_block and partial_head

@@ -74,7 +74,7 @@ static Row row_of(const Call& call, int64_t batch, int64_t head, int64_t row) {
   Row r;
   r.head = head + row / call.queries;
   r.query = row % call.queries;
-  r.position = r.query + call.keys - call.queries;
+  r.position = r.query + call.position;
   r.start = call.before == kNone ? 0 : most(0, r.position - call.before);
   r.stop = call.after == kNone ? call.keys : least(call.keys, r.position + call.after + 1);
   if (call.lengths) r.stop = least(r.stop, call.lengths[batch]);
