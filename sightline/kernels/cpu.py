@@ -46,8 +46,8 @@ def _load() -> tuple[Any, str]:
     library.sightline_available.restype = ctypes.c_char_p
     library.sightline_available.argtypes = [ctypes.c_int64]
     library.sightline_use_instructions.argtypes = [ctypes.c_char_p]
-    library.sightline_probe.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.sightline_probe.restype = None
+    library.sightline_probe.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    library.sightline_probe.restype = ctypes.c_int64
     return library, ""
 
 
@@ -79,11 +79,12 @@ def use_instructions(name: str) -> None:
     _library.sightline_use_instructions(name.encode())
 
 
-def probe(rounds: int, threads: int) -> int:
-    """Do nothing but fused multiply-adds, `rounds` rounds on each thread; how many numbers they were applied to."""
-    _library.sightline_probe(rounds, threads)
-    lanes = {"baseline": 4, "avx2": 8}.get(instructions(), 16)
-    return rounds * threads * lanes * 12
+def probe(rounds: int, threads: int, *, dot: bool = False) -> int:
+    """Do nothing but multiply-adds on each thread, `rounds` rounds of 12 vectors; how many numbers were multiplied.
+
+    `dot`: by the bf16 dot product; 0, at once, where the instructions in use have none.
+    """
+    return _library.sightline_probe(rounds, threads, dot)
 
 
 def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> str:
@@ -98,8 +99,6 @@ def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> st
         return "it has no dropout"
     if not query.shape[-1] or not value.shape[-1]:
         return "it needs a width of at least 1"
-    if _differentiates(masks.bias, masks.slopes):
-        return "it gives bias and slopes no gradient; detach them or use 'tiled'"
     return ""
 
 
@@ -118,7 +117,7 @@ def attention(
     In memory the output is (batch queries heads value_width): joining heads after it copies nothing.
     """
     arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
-    if _differentiates(query, key, value, sinks):
+    if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
         return cast(Tensor, _Attention.apply(*arguments))
     return torch.ops.sightline.forward.default(*arguments)[0]
 
@@ -200,13 +199,17 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        *by_input, row_sums = torch.ops.sightline.backward.default(grad, *saved, *ctx.numbers)
-        logsumexp, sinks, to_sinks = saved[1], saved[9], None
-        if ctx.needs_input_grad[7]:
+        _, _, _, _, _, to_bias, to_slopes, to_sinks, *_ = ctx.needs_input_grad
+        *by_input, row_sums, by_bias, by_slope = torch.ops.sightline.backward.default(
+            grad, *saved, *ctx.numbers, to_bias, to_slopes
+        )
+        logsumexp, sinks, by_sink = saved[1], saved[9], None
+        if to_sinks:
             # A sink has no value: its gradient is its weight times (0 - grad_output . output), over all rows.
             weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
-            to_sinks = -(weights * row_sums).sum(dim=(0, 2))
-        return *by_input, None, None, None, None, to_sinks, None, None, None, None
+            by_sink = -(weights * row_sums).sum(dim=(0, 2))
+        by_mask = (by_bias if to_bias else None, by_slope if to_slopes else None)
+        return *by_input, None, None, *by_mask, by_sink, None, None, None, None
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -252,9 +255,13 @@ if _library is not None:
 
     @torch.library.register_fake("sightline::backward")
     def _(
-        grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+        grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        return _empty_output(query, query), _empty_output(key, key), _empty_output(value, value), logsumexp.clone()
+        _, _, bias, slopes, *_, to_bias, to_slopes = rest
+        none = logsumexp.new_empty(0)
+        by_input = (_empty_output(t, t) for t in (query, key, value))
+        by_mask = (bias.clone() if to_bias else none, slopes.clone() if to_slopes else none)
+        return (*by_input, logsumexp.clone(), *by_mask)
 
     @torch.library.register_fake("sightline::pool")
     def _(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

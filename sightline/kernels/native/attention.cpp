@@ -386,10 +386,10 @@ std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Te
 
 // ---- backward ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
     const Tensor& value, const Maybe& lengths, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
-    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap) {
+    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap, bool to_bias, bool to_slopes) {
   Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
   for (const Tensor* rows : {&grad_output, &output})
     STD_TORCH_CHECK(rows->is_cpu() && rows->dim() == 4 && rows->scalar_type() == query.scalar_type() &&
@@ -416,14 +416,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   kernels.plan_backward(call, plan);
   int64_t heads = call.batch * call.heads, packed = heads * plan.blocks * plan.packed_block;
   Lease lease(shared_arena);
-  plan.packed = lease.floats(packed + heads * plan.shares * plan.partial_head + 16);
+  plan.packed = lease.floats(packed + heads * plan.shares * (plan.partial_head + 1) + 16);
   plan.partial = plan.packed + packed;
+  plan.slopes = to_slopes ? plan.partial + heads * plan.shares * plan.partial_head : nullptr;
   double rows_work = 4.0 * (double)packed;
   share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.pack_rows(call, plan, unit); });
-  share_out(call.batch * call.groups * plan.shares, 2.5 * multiply_adds(call) + 1, kernels.backward_scratch(call),
-            [&](int64_t unit, float* own) { kernels.backward(call, plan, unit, own); });
+  STD_TORCH_CHECK((!to_bias || bias) && (!to_slopes || slopes), "sightline: no gradient of what is not there");
+  Tensor grad_bias = to_bias ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}) : empty({0});
+  Tensor grad_slopes = empty({to_slopes ? call.heads : 0});
+  if (to_bias) {
+    std::memset(grad_bias.mutable_data_ptr(), 0, sizeof(float) * (size_t)grad_bias.numel());
+    call.grad_bias = broadcast(grad_bias);
+  }
+  // Units that would add to the same numbers of the bias's gradient are one unit, and their turns have an order.
+  int64_t counts[] = {call.batch, call.groups, plan.shares}, apart[3];
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    int64_t of_bias[] = {0, 1, 3};
+    bool common = to_bias && counts[axis] > 1 && bias->size(of_bias[axis]) == 1;
+    apart[axis] = common ? 1 : counts[axis];
+  }
+  share_out(apart[0] * apart[1] * apart[2], 2.5 * multiply_adds(call) + 1, kernels.backward_scratch(call),
+            [&](int64_t unit, float* own) {
+    int64_t place[] = {unit / apart[2] / apart[1], unit / apart[2] % apart[1], unit % apart[2]};
+    for (int64_t batch = place[0]; batch < counts[0]; batch += apart[0])
+      for (int64_t group = place[1]; group < counts[1]; group += apart[1])
+        for (int64_t share = place[2]; share < counts[2]; share += apart[2])
+          kernels.backward(call, plan, (batch * counts[1] + group) * counts[2] + share, own);
+  });
   share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.gather_queries(call, plan, unit); });
-  return {grad_query, grad_key, grad_value, row_sums};
+  for (int64_t head = 0; to_slopes && head < call.heads; ++head) {
+    float sum = 0;
+    for (int64_t batch = 0; batch < call.batch; ++batch)
+      for (int64_t share = 0; share < plan.shares; ++share)
+        sum += plan.slopes[(batch * call.heads + head) * plan.shares + share];
+    floats(grad_slopes)[head] = sum;
+  }
+  return {grad_query, grad_key, grad_value, row_sums, grad_bias, grad_slopes};
 }
 
 }  // namespace
@@ -445,7 +473,8 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
       "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
-      "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale, float softcap, bool to_bias, bool to_slopes) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
@@ -479,13 +508,15 @@ EXPORT int sightline_use_instructions(const char* name) {
   return 0;
 }
 
-// Nothing but fused multiply-adds in registers, on every thread: 12 vectors a round.
-EXPORT void sightline_probe(int64_t rounds, int64_t threads) {
+// Nothing but multiply-adds in registers, on every thread; how many. 0 where there is no bf16 dot product.
+EXPORT int64_t sightline_probe(int64_t rounds, int64_t threads, int dot) {
   const sightline::Kernels& kernels = *sightline::chosen.load();
+  std::atomic<int64_t> all{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     float out[12];
-    kernels.probe(rounds, out);
+    all += kernels.probe(rounds, dot, out);
     __asm__ volatile("" : : "r"(out) : "memory");
   });
+  return all;
 }
 }

@@ -113,11 +113,31 @@ static int64_t backward_scratch(const Call& call) {
   return count.used;
 }
 
+// What a row gives to the gradients of the bias and of its head's slope, from its scores' gradients [begin, end) before
+// the soft cap's part.
+static void give_to_masks(const Call& call, int64_t batch, const Row& row, int64_t first, int64_t begin, int64_t end,
+                          const float* grads, float* to_slope) {
+  if (call.grad_bias.data) {
+    const Strided& bias = call.grad_bias;
+    float* to = (float*)bias.data + batch * bias.batch + row.head * bias.head + row.query * bias.row;
+    to += first * bias.column;
+    for (int64_t k = begin; k < end; ++k) to[k * bias.column] += grads[k];
+  }
+  if (to_slope) {
+    float sum = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      int64_t away = row.position - first - k;
+      sum += (float)(away < 0 ? -away : away) * grads[k];
+    }
+    *to_slope -= sum;
+  }
+}
+
 // Scores [left, right) of one row become weights, products with the values become the scores' gradients. Keys that the
 // row does not see get zeros, whatever stood there.
 static void differentiate_row(const Call& call, int64_t batch, const Row& row, int64_t first, int64_t left,
                               int64_t right, float logsumexp, float row_sum, float* weights, float* grads,
-                              float* cap) {
+                              float* cap, float* to_slope) {
   int64_t start = row.start - first, stop = row.stop - first;
   start = start < left ? left : start > right ? right : start;
   stop = stop < start ? start : stop > right ? right : stop;
@@ -129,18 +149,19 @@ static void differentiate_row(const Call& call, int64_t batch, const Row& row, i
   if (shapes_scores(call)) shape_row(call, batch, row, first, start, stop, weights);
   for (int64_t k = left; k < right; k += kLanes) {
     V p = exp(sub(load(weights + k), splat(logsumexp)));
-    V grad = mul(p, sub(load(grads + k), splat(row_sum)));
-    if (call.softcap > 0) grad = mul(grad, load(cap + k));
     store(weights + k, p);
-    store(grads + k, grad);
+    store(grads + k, mul(p, sub(load(grads + k), splat(row_sum))));
   }
   for (int64_t k = left; k < start; ++k) weights[k] = grads[k] = 0;
   for (int64_t k = stop; k < right; ++k) weights[k] = grads[k] = 0;
+  if (call.grad_bias.data || to_slope) give_to_masks(call, batch, row, first, start, stop, grads, to_slope);
+  if (call.softcap > 0)
+    for (int64_t k = left; k < right; k += kLanes) store(grads + k, mul(load(grads + k), load(cap + k)));
 }
 
 // One block of rows meets the tile of keys [first, first + count).
 static void differentiate_block(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head, int64_t i,
-                                int64_t first, int64_t count, float* partial, BackScratch& own) {
+                                int64_t first, int64_t count, float* partial, float* to_slope, BackScratch& own) {
   int64_t query = block_first(call, plan, i), rows = block_first(call, plan, i + 1) - query;
   int64_t groups = row_groups_of(rows), at = (batch * call.heads + head) * call.queries + query;
   Scratch packed{plan.packed + ((batch * call.heads + head) * plan.blocks + i) * plan.packed_block};
@@ -175,7 +196,7 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
       float *line = weights + r * kBackStride, *grad = grads + r * kBackStride;
       if (left < right)
         differentiate_row(call, batch, own.row[top + r], first, left, right, call.logsumexp[at + top + r],
-                          call.row_sums[at + top + r], line, grad, own.cap + (top + r) * kBackStride);
+                          call.row_sums[at + top + r], line, grad, own.cap + (top + r) * kBackStride, to_slope);
       for (int64_t k = 0; k < left; ++k) line[k] = grad[k] = 0;
       for (int64_t k = right; k < kBackTile; ++k) line[k] = grad[k] = 0;
     }
@@ -221,8 +242,13 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
   auto partial = [&](int64_t head) {
     return plan.partial + ((batch * call.heads + head) * plan.shares + share) * plan.partial_head;
   };
-  for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
+  auto to_slope = [&](int64_t head) {
+    return plan.slopes ? plan.slopes + (batch * call.heads + head) * plan.shares + share : nullptr;
+  };
+  for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head) {
     clear(partial(head), plan.partial_head);
+    if (plan.slopes) *to_slope(head) = 0;
+  }
   for (int64_t first = share * kBackTile; first < call.keys; first += plan.shares * kBackTile) {
     int64_t count = least(kBackTile, call.keys - first), wide = round_up(call.width, kLanes);
     pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, own.keys);
@@ -233,7 +259,7 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
     clear(own.grad_values, kBackTile * padded_values(call));
     for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
       for (int64_t i = 0; i < plan.blocks; ++i)
-        differentiate_block(call, plan, batch, head, i, first, count, partial(head), own);
+        differentiate_block(call, plan, batch, head, i, first, count, partial(head), to_slope(head), own);
     write_rows(call.dtype, call.grad_key, batch, group, first, count, call.width, own.grad_keys, wide, 1.0f);
     write_rows(call.dtype, call.grad_value, batch, group, first, count, call.value_width, own.grad_values,
                padded_values(call), 1.0f);

@@ -7,15 +7,31 @@
 namespace sightline {
 namespace {
 
-void probe(int64_t rounds, float* out) {
-  constexpr int kChains = 12;  // more than latency times width of the multiply ports
-  V sums[kChains];
-  for (int i = 0; i < kChains; ++i) sums[i] = splat((float)i);
-  V x = splat(0.999f), y = splat(0.001f);
+constexpr int kProbeChains = 12;  // more than latency times width of the multiply ports
+
+template <typename Factor>
+void multiply_and_add(int64_t rounds, Factor x, Factor y, float* out) {
+  V sums[kProbeChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kProbeChains; ++i) sums[i] = splat((float)i);
   for (int64_t round = 0; round < rounds; ++round)
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) sums[i] = fma(sums[i], x, y);
-  for (int i = 0; i < kChains; ++i) store_some(out, sums[i], 1);
+    for (int i = 0; i < kProbeChains; ++i) sums[i] = fma(x, y, sums[i]);
+#pragma GCC unroll 12
+  for (int i = 0; i < kProbeChains; ++i) store_some(out, sums[i], 1);
+}
+
+int64_t probe(int64_t rounds, bool dot, float* out) {
+  int64_t numbers = rounds * kProbeChains * kLanes;
+#if defined(SIGHTLINE_DOT)
+  if (dot) {
+    multiply_and_add(rounds, splat((Pair)0x3f803f80), splat((Pair)0x3c003c00), out);
+    return 2 * numbers;
+  }
+#endif
+  if (dot) return 0;
+  multiply_and_add(rounds, splat(0.999f), splat(0.001f), out);
+  return numbers;
 }
 }  // namespace
 

@@ -51,6 +51,7 @@ struct Call {
   Strided grad_output;
   float* row_sums;                           // (batch heads queries): grad_output . output
   Strided grad_query, grad_key, grad_value;  // columns stand together
+  Strided grad_bias;                         // float, of the bias's shape, added to; no data: not asked for
 };
 
 // How a forward call is cut into units of work that need nothing of one another. It never changes a bit of the
@@ -81,6 +82,7 @@ struct BackwardPlan {
   int64_t packed_block; // floats a block of rows
   float* partial;       // (batch heads shares queries padded width): what each share gives to the queries' gradient
   int64_t partial_head; // floats a head and share
+  float* slopes;        // (batch heads shares): parts of the slopes' gradient; null: not asked for
 };
 
 // The work of one instruction set. `unit` counts from 0; `scratch` is 64-byte aligned and private to the worker.
@@ -106,7 +108,9 @@ struct Kernels {
   void (*pack_rows)(const Call&, const BackwardPlan&, int64_t unit);               // (batch, head, block)
   void (*backward)(const Call&, const BackwardPlan&, int64_t unit, float* scratch);  // (batch, group, share)
   void (*gather_queries)(const Call&, const BackwardPlan&, int64_t unit);          // (batch, head, block)
-  void (*probe)(int64_t rounds, float* out);  // independent fused multiply-adds, for the benchmark's ceiling
+  // Independent multiply-adds and nothing else, for the benchmark's ceilings: of floats, or by the bf16 dot product (0
+  // without one). How many there were.
+  int64_t (*probe)(int64_t rounds, bool dot, float* out);
 };
 
 }  // namespace sightline
