@@ -155,8 +155,12 @@ def observe(
         "top": top, "received": received, "map_block": map_block, "sink_keys": sink_keys,
     }  # fmt: skip
     tensors = call.query, call.key, call.value
-    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-        if name == "cpu":
+    differentiates = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*tensors, call.mask.bias, call.mask.slopes, sinks)
+    )
+    own = name == "cpu"  # whose output carries its gradient already
+    with torch.set_grad_enabled(own and differentiates), torch.autocast(call.query.device.type, enabled=False):
+        if own:
             facts = cpu.observe(*tensors, _numbers(call.mask), **options)
         elif name == "tiled":
             facts = tiled.observe(*tensors, *_lazily(call.mask, call.query, call.key), **options)
@@ -172,9 +176,7 @@ def observe(
     if call.single_head:
         facts = {fact: tensor.squeeze(1) for fact, tensor in facts.items()}
     output = facts.pop("output")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors, call.mask.bias, call.mask.slopes, sinks)
-    ):
+    if differentiates and not own:
         output = attention(
             query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks, implementation=implementation
         )

@@ -431,3 +431,14 @@ def test_few_rows_read_keys_and_values_where_they_lie(dtype, queries, keys, widt
             torch.testing.assert_close(
                 getattr(found, name), expected.to(getattr(found, name).dtype), rtol=2e-5, atol=2e-5
             )
+
+
+def test_seeing_carries_the_same_gradient_from_one_forward():
+    case = [t.requires_grad_() for t in draw(queries=40, keys=300, dtype=torch.float32)]
+    bias = torch.zeros(4, 40, 300)[None].requires_grad_()
+    seen = saw(Case(*case), Bias(bias) & Causal())
+    assert not any(getattr(seen, fact).requires_grad for fact in FACTS)
+    leaves = [*case, bias]
+    got = torch.autograd.grad(seen.output.square().sum(), leaves)
+    want = torch.autograd.grad(native(Case(*case), Bias(bias) & Causal()).square().sum(), leaves)
+    assert_same_bits(list(got), list(want))

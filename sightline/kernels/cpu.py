@@ -118,7 +118,7 @@ def attention(
     """
     arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
     if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
-        return cast(Tensor, _Attention.apply(*arguments))
+        return cast(Tensor, _Attention.apply(None, *arguments))
     return torch.ops.sightline.forward.default(*arguments)[0]
 
 
@@ -136,11 +136,14 @@ def observe(
     map_block: int,
     sink_keys: int,
 ) -> dict[str, Tensor]:
-    """The output and the facts of the reference, none with a gradient."""
+    """The output and the facts of the reference; the output alone carries a gradient."""
     arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
-    output, logsumexp, entropy, distance, sink, *switched = torch.ops.sightline.observe.default(
-        *arguments, top, received, map_block, sink_keys
-    )
+    with torch.no_grad():
+        output, logsumexp, entropy, distance, sink, *switched = torch.ops.sightline.observe.default(
+            *arguments, top, received, map_block, sink_keys
+        )
+    if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
+        output = cast(Tensor, _Attention.apply((output, logsumexp), *arguments))
     facts = {"output": output, "logsumexp": logsumexp, "entropy": entropy, "distance": distance, "sink": sink}
     names = ("top_weights", "top_keys", "received", "map_sum", "map_max")
     wanted = (top, top, received, map_block, map_block)
@@ -185,11 +188,11 @@ def pool(
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps output and logsumexp: the weights are recomputed."""
+    """Keeps output and logsumexp: the weights are recomputed. `seen`: both, where they are known already."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        output, logsumexp = torch.ops.sightline.forward.default(*arguments)
+    def forward(ctx: Any, seen: tuple[Tensor, Tensor] | None, *arguments: Any) -> Tensor:
+        output, logsumexp = seen or torch.ops.sightline.forward.default(*arguments)
         ctx.save_for_backward(output, logsumexp, *arguments[:8])
         ctx.numbers = arguments[8:]
         return output
@@ -199,7 +202,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        _, _, _, _, _, to_bias, to_slopes, to_sinks, *_ = ctx.needs_input_grad
+        to_bias, to_slopes, to_sinks = ctx.needs_input_grad[6:9]
         *by_input, row_sums, by_bias, by_slope = torch.ops.sightline.backward.default(
             grad, *saved, *ctx.numbers, to_bias, to_slopes
         )
@@ -209,7 +212,7 @@ class _Attention(torch.autograd.Function):
             weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
             by_sink = -(weights * row_sums).sum(dim=(0, 2))
         by_mask = (by_bias if to_bias else None, by_slope if to_slopes else None)
-        return *by_input, None, None, *by_mask, by_sink, None, None, None, None
+        return None, *by_input, None, None, *by_mask, by_sink, None, None, None, None
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
