@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.batches import TokenFile, windows
 from sightline.models import Decoder, evaluating
@@ -90,9 +90,7 @@ def evaluate(
     with evaluating(model), torch.no_grad():
         for inputs, targets in islice(windows(tokens, context=context, batch=batch), batches):
             _expect_ids(targets, model.config.vocabulary)
-            logits = model(inputs.to(device)).flatten(0, 1).float()
-            losses = nn.functional.cross_entropy(logits, targets.to(device).flatten(), reduction="sum")
-            total += losses.item()
+            total += model.loss(inputs.to(device), targets.to(device)).item() * targets.numel()
             count += targets.numel()
     return _evaluation(total, count, tokens)
 

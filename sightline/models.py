@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sightline.cache import Cache
 from sightline.layers import Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
+from sightline.losses import next_token_loss
 from sightline.positions import Learned, Rotary, Sinusoidal
-from sightline.shapes import shaped
+from sightline.shapes import ShapeError, shaped
 
 if TYPE_CHECKING:
     from sightline.tokenizers import Tokenizer
@@ -180,8 +181,23 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, *, cache: Cache | None = None) -> Tensor:
         """Logits (batch tokens vocabulary): at token i, the scores of token i + 1."""
-        features = self.features(tokens, cache=cache)
-        return F.linear(features, self.embedding.weight if self.head is None else self.head.weight)
+        return F.linear(self.features(tokens, cache=cache), self._head_weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood of `targets` (batch tokens), each the token after one of `tokens`, in nats.
+
+        The logits of a large vocabulary are never there all at once (`losses.next_token_loss`).
+
+        Raises: ShapeError or ValueError for tokens or targets that are not whole numbers (batch tokens) of the
+        vocabulary.
+        """
+        if targets.shape != tokens.shape:
+            raise ShapeError(f"Decoder: targets are {tuple(targets.shape)} but tokens {tuple(tokens.shape)}")
+        return next_token_loss(self.features(tokens).flatten(0, 1), self._head_weight, targets.flatten())
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     @shaped
     def features(self, tokens: Annotated[Tensor, "batch tokens"], *, cache: Cache | None = None) -> Tensor:
