@@ -16,6 +16,7 @@ from sightline.observation import Observation as Observation
 from sightline.shapes import ShapeError as ShapeError
 
 if TYPE_CHECKING:
+    from sightline.captures import Capture as Capture
     from sightline.checkpoints import load as load
     from sightline.checkpoints import save as save
     from sightline.diagnosis import doctor as doctor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sightline.evaluation import evaluate as evaluate
     from sightline.generation import SampleConfig as SampleConfig
     from sightline.generation import generate as generate
-    from sightline.inspection import Capture as Capture
     from sightline.inspection import capture as capture
     from sightline.layers import MultiHeadAttention as MultiHeadAttention
     from sightline.layers import SelfAttention as SelfAttention
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sightline.positions import Rotary as Rotary
     from sightline.positions import Sinusoidal as Sinusoidal
     from sightline.positions import sinusoidal as sinusoidal
+    from sightline.store import load_capture as load_capture
+    from sightline.store import save_capture as save_capture
     from sightline.tokenizers import Tokenizer as Tokenizer
     from sightline.training import TrainConfig as TrainConfig
     from sightline.training import train as train
@@ -40,12 +42,13 @@ if TYPE_CHECKING:
     from sightline.viewer.plots import plot_heads as plot_heads
     from sightline.viewer.plots import plot_positions as plot_positions
     from sightline.viewer.plots import plot_weights as plot_weights
+    from sightline.viewer.server import serve as serve
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import sightline` costs little more than `import torch`.
 _LATER = {
-    "Capture": "inspection",
+    "Capture": "captures",
     "Decoder": "models",
     "DecoderConfig": "models",
     "Evaluation": "evaluation",
@@ -62,11 +65,14 @@ _LATER = {
     "evaluate": "evaluation",
     "generate": "generation",
     "load": "checkpoints",
+    "load_capture": "store",
     "page": "viewer.page",
     "plot_heads": "viewer.plots",
     "plot_positions": "viewer.plots",
     "plot_weights": "viewer.plots",
     "save": "checkpoints",
+    "save_capture": "store",
+    "serve": "viewer.server",
     "sinusoidal": "positions",
     "train": "training",
 }

@@ -7,24 +7,26 @@ one command needs is imported there.
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
 
+from sightline.captures import Capture
 from sightline.checkpoints import load
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.generation import SampleConfig
 from sightline.models import Decoder, DecoderConfig
 from sightline.schedule import TrainConfig
-from sightline.tokenizers import Kind, Tokenizer
+from sightline.tokenizers import Kind
 from sightline.training import Preset
 
 SOURCE = "A file, a folder, - for standard input, 'embedded', or 'wikitext-2'."
@@ -184,31 +186,83 @@ def generate(
 
 
 def look(
-    model: Annotated[Path, arg(help=MODEL)],
-    text: Annotated[str, arg(help=f"What to look at the beginning of. {SOURCE}")],
-    out: Annotated[Path, arg(help="The page to write.")] = Path("attention.html"),
-    tokens: Annotated[
-        int | None, arg(help="How many tokens. None: as many as the model's context and a page hold.")
-    ] = None,
+    model: Annotated[Path | None, arg(help=MODEL)] = None,
+    text: Annotated[str | None, arg(help=f"What to look at the beginning of. {SOURCE}")] = None,
+    capture: Annotated[Path | None, arg(help="What --save wrote, instead of a model and a text.")] = None,
+    tokens: Annotated[int | None, arg(help="How many tokens. None: as many as the model's context holds.")] = None,
     layers: Annotated[tuple[int, ...] | None, arg(help="Which layers. None: all.")] = None,
+    heads: Annotated[str | None, arg(help="Which to show, layer.head, such as 0.1,2.3. None: all.")] = None,
+    write: Annotated[int, arg(help="Let the model write so many tokens after the text, and show them too.")] = 0,
+    compare: Annotated[Path | None, arg(help="Another model, to look at the same text beside the first.")] = None,
+    save: Annotated[Path | None, arg(help="A folder for the capture, to look again without the model.")] = None,
+    out: Annotated[Path | None, arg(help="Write a page that opens from disk, instead of serving one.")] = None,
+    port: Annotated[int | None, arg(help="Where to serve. None: 8765 or the next that is free.")] = None,
+    no_open: Annotated[bool, arg(help="Only print the link, and open no browser.")] = False,
     errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
 ) -> None:
-    """Write a page that shows where every head looks; it opens in a browser, from disk."""
-    from sightline.inspection import capture
-    from sightline.viewer.page import MOST_TOKENS, page
+    """Show where every head of every layer looks, in a browser, from this machine alone."""
+    from sightline.store import load_capture
+    from sightline.viewer.manifest import parse_heads
+    from sightline.viewer.page import page
+    from sightline.viewer.server import PORT, serve
 
-    decoder = _load(model)
-    assert decoder.tokenizer is not None
+    if out is not None and (port is not None or no_open):
+        raise ValueError("--out writes a page and serves none: drop --port and --no-open, or --out")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}; give another --out")
+    if heads is not None:
+        parse_heads(heads)  # before the work
+    if capture is None:
+        captures = _captured(model, text, compare, errors, tokens=tokens, layers=layers, write=write, folder=save)
+    elif any((model, text, tokens, layers, write, compare, save)):
+        raise ValueError("--capture is a capture already: of the others only --heads, --out, --port and --no-open go")
+    else:
+        captures = {str(capture): load_capture(capture)}
+    if heads is not None:
+        captures = {name: seen.select(parse_heads(heads)) for name, seen in captures.items()}
+    if out is None:
+        serve(captures, port=PORT if port is None else port, open_browser=not no_open and _has_screen())
+    else:
+        print(f"{page(captures, out)}: open it in a browser")
+
+
+def _captured(
+    model: Path | None, text: str | None, compare: Path | None, errors: Errors, *, folder: Path | None, **options: Any
+) -> dict[str, Capture]:
+    """What the models see, by their names; tells how long it took."""
+    from sightline import looking
+
+    if model is None or text is None:
+        raise ValueError("look needs --model and --text, or the --capture that it saved before")
+    if compare is not None and folder is not None:
+        raise ValueError("--save saves one capture: save each model's on its own, without --compare")
+    if compare == model:
+        raise ValueError("--compare takes another model, and this is --model's: name another step or run")
+    folders = [model] if compare is None else [model, compare]
+    models = [_load(one) for one in folders]
     corpus = _open(text, errors)
-    most = min(decoder.config.context, MOST_TOKENS)
-    if tokens is not None and not 1 <= tokens <= most:
-        raise ValueError(f"--tokens must be from 1 to {most}, what the model's context and a page hold; got {tokens}")
-    ids = _beginning(corpus, decoder.tokenizer, most if tokens is None else tokens)
-    file = page(capture(decoder, ids, layers=layers, map_block=max(1, len(ids) // 32)), out)
-    print(f"{file}: the first {len(ids):,} tokens of {corpus.name}; open it in a browser")
-    unknown = sum(token == decoder.tokenizer.unknown for token in ids)
-    if unknown:
-        _note(f"{unknown:,} of them are <unk>: {decoder.tokenizer.kind} that the model's vocabulary lacks")
+    captures = {}
+    for name, one, look in zip(folders, models, looking.look(models, corpus, folder=folder, **options), strict=True):
+        seen, count = look.capture, len(look.capture.tokens)
+        given = count if seen.prompt is None else seen.prompt
+        wrote = f" and {count - given:,} that the model wrote" if count > given else ""
+        _note(
+            f"captured the first {given:,} tokens of {corpus.name}{wrote} in {look.seconds:.1f} s, "
+            f"with {look.peak_bytes / 1e9:.1f} GB of memory at most"
+        )
+        if look.unknown:
+            assert one.tokenizer is not None
+            _note(f"{look.unknown:,} of them are <unk>: {one.tokenizer.kind} that the model's vocabulary lacks")
+        captures[str(name)] = seen
+    if folder is not None:
+        _note(f"saved: sightline look --capture {folder} shows it again")
+    return captures
+
+
+def _has_screen() -> bool:
+    """Else the system's browser may be one that takes over the terminal."""
+    by_window = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    return sys.stdout.isatty() and by_window
 
 
 def bench() -> None:
@@ -308,17 +362,6 @@ def _download(source: str) -> None:
     wanted = DOWNLOADS[source]
     print(f"fetching {wanted.url} ({wanted.size / 1e6:.1f} MB, {wanted.licence})", file=sys.stderr)
     download(source, cache_folder())
-
-
-def _beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
-    """The first tokens of a corpus, from as much of its text as they need."""
-    text, ids = "", []
-    for piece in chain.from_iterable(corpus.texts(split) for split in corpus.splits):
-        text += piece
-        ids = tokenizer.encode(text)
-        if len(ids) > most:
-            break
-    return ids[:most]
 
 
 def _stream(prompt: str, pieces: Iterator[str]) -> None:

@@ -63,7 +63,7 @@ def look(folder: Path) -> list[Path]:
     model = load(folder)
     assert model.tokenizer is not None
     ids = model.tokenizer.encode(next(open_corpus("embedded").texts("valid")))
-    seen = capture(model, ids[:LOOK_TOKENS], map_block=8)
+    seen = capture(model, ids[:LOOK_TOKENS])
     files = [folder / name for name in ("attention.html", "heads.png", "head.png", "positions.png")]
     page(seen, files[0])
     plot_heads(seen).savefig(files[1], dpi=160)

@@ -1,20 +1,16 @@
 """What one call of attention saw: facts of every head and query, and exact weights of any window on demand."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sightline.kernels import cpu
-from sightline.masks import Mask
+from sightline.kernels import cpu, tiled
+from sightline.masks import Mask, Tile
 
 LIMIT_BYTES = 2 * 1024**3
 """A larger window of weights is refused unless asked for with `limit_bytes=`."""
-
-STRIP_BYTES = 16 * 1024**2
-"""Weights that are pooled in plain torch operations are there this many at a time."""
 
 
 class Map(NamedTuple):
@@ -130,7 +126,7 @@ class Observation:
     def pooled(self, *, queries: slice = slice(None), keys: slice = slice(None), block: int) -> Map:
         """The weights of a window, pooled over squares of `block` queries and keys; O(N) memory beside the result.
 
-        The first square begins where the window does. By the native kernel where it can, else by `weights()`.
+        The first square begins where the window does. By the native kernel where it can.
 
         Raises:
             ValueError: a slice with a step, or a block below 1.
@@ -146,38 +142,27 @@ class Observation:
         rows, columns = _bounds(queries, query.shape[-2], "queries"), _bounds(keys, key.shape[-2], "keys")
         mask = self.mask.window(rows, columns)
         numbers = cpu.Masks(mask.before, mask.after, mask.lengths, mask.allowed, mask.bias, mask.slopes)
+        position = rows[0] + key.shape[-2] - query.shape[-2] - columns[0]
+        window = query[..., slice(*rows), :], key[..., slice(*columns), :], logsumexp[..., slice(*rows)]
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "position": position, "block": block}
         if cpu.refusal(query, key, numbers, dropout=0.0):
-            found = self._pooled_in_strips(rows, columns, block)
-        else:
-            found = cpu.pool(
-                query[..., slice(*rows), :],
-                key[..., slice(*columns), :],
-                logsumexp[..., slice(*rows)],
-                numbers,
-                scale=self.scale,
-                softcap=self.softcap,
-                position=rows[0] + key.shape[-2] - query.shape[-2] - columns[0],
-                block=block,
+            found = tiled.pool(
+                *window, self._rest(rows[0], columns[0]), before=mask.before, after=mask.after, **options
             )
+        else:
+            found = cpu.pool(*window, numbers, **options)
         return Map(*(t.squeeze(1) if self.query.ndim == 3 else t for t in found))
 
-    def _pooled_in_strips(self, rows: tuple[int, int], columns: tuple[int, int], block: int) -> tuple[Tensor, Tensor]:
-        """Strips of whole blocks, so thin that their weights stay small."""
-        query = _with_heads(self.query, self.query.ndim)
-        wide = columns[1] - columns[0]
-        a_row = query.shape[0] * query.shape[1] * max(1, wide) * self.logsumexp.element_size()
-        strip = block * max(1, STRIP_BYTES // (a_row * block))
-        shape = (*query.shape[:2], -(-(rows[1] - rows[0]) // block), -(-wide // block))
-        total, largest = self.logsumexp.new_zeros(shape), self.logsumexp.new_zeros(shape)
-        for first in range(*rows, strip):
-            last = min(first + strip, rows[1])
-            weights = self.weights(queries=slice(first, last), keys=slice(*columns), limit_bytes=2**62)
-            weights = _with_heads(weights, self.query.ndim)
-            weights = F.pad(weights, (0, -wide % block, 0, (first - last) % block))
-            squares = weights.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
-            place = slice((first - rows[0]) // block, -(-(last - rows[0]) // block))
-            total[..., place, :], largest[..., place, :] = squares.sum((-1, -3)), squares.amax((-1, -3))
-        return total, largest
+    def _rest(self, row: int, column: int) -> tiled.TileOf:
+        """What the mask says beside `before` and `after`, in a window that begins with this query and key."""
+        rest = Mask(**(vars(self.mask) | {"before": None, "after": None}))
+        sizes = {"queries": self.query.shape[-2], "keys": self.key.shape[-2]}
+        options: dict[str, Any] = {"device": self.query.device, "dtype": self.logsumexp.dtype, **sizes}
+
+        def tile(rows: tuple[int, int], columns: tuple[int, int]) -> Tile:
+            return rest.tile((row + rows[0], row + rows[1]), (column + columns[0], column + columns[1]), **options)
+
+        return tile
 
     def _fact(self, name: str, option: str) -> Tensor:
         if name not in self.facts:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sightline import bench, cli, demo
-from sightline.checkpoints import save
+from sightline.checkpoints import save, write_manifest
 from sightline.cli import COMMANDS, main
 from sightline.models import Decoder, DecoderConfig
 from sightline.progress import TrainProgress
@@ -47,6 +47,14 @@ def check_line(command: str, code: int, out: str, err: str, *says: str) -> None:
     assert lines[0].startswith(f"sightline {command}: ")
     for part in says:
         assert part in lines[0]
+
+
+def looked(stderr: str) -> tuple[str, ...]:
+    """What `look` captured, and the notes after that."""
+    first, *rest = (line.removeprefix("note: ") for line in stderr.splitlines())
+    told = re.fullmatch(r"captured the first (.*) in \d+\.\d s, with \d+\.\d GB of memory at most", first)
+    assert told, first
+    return told[1], *rest
 
 
 @pytest.fixture
@@ -117,7 +125,8 @@ def test_train_resume_evaluate_generate_look(text, tmp_path, capsys):
 
     page = tmp_path / "heads.html"
     assert run("look", "--model", out, "--text", text, "--out", page, "--tokens", 9, "--layers", 0) == 0
-    assert capsys.readouterr() == (f"{page}: the first 9 tokens of cats; open it in a browser\n", "")
+    stdout, stderr = capsys.readouterr()
+    assert (stdout, looked(stderr)) == (f"{page}: open it in a browser\n", ("9 tokens of cats",))
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -129,7 +138,7 @@ def test_text_comes_from_standard_input_too(trained, tmp_path, monkeypatch, caps
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
         assert run(*command) == 0
-    assert "the first 16 tokens of standard input" in capsys.readouterr().out
+    assert "the first 16 tokens of standard input" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("always::UserWarning")
@@ -181,7 +190,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
 
     Path("README.md").write_text(TEXT, encoding="utf-8")
     assert run(*commands[0][1:], "--words", 3) == 0
-    assert run(*commands[1][1:]) == 0
+    assert run(*commands[1][1:], "--out", "again.html") == 0
     assert cli._free(Path("sightline-demo")) == Path("sightline-demo-2")
 
 
@@ -474,6 +483,7 @@ def test_a_damaged_checkpoint(damage, copy, text, refused):
     name, damaging, says = DAMAGES[damage]
     best = json.loads((copy / "checkpoint.json").read_text(encoding="utf-8"))["best"]
     damaging(copy / best / name)
+    (copy / best / "manifest.json").unlink()  # without which a file is believed as far as it makes sense
     before = files(copy)
     refused("generate", "the cat", "--model", copy, says=says)
     refused("evaluate", text, "--model", copy, says=says)
@@ -495,6 +505,7 @@ def test_a_damaged_checkpoint(damage, copy, text, refused):
 )
 def test_a_damaged_checkpoint_is_not_resumed(name, damage, says, copy, text, refused):
     damage(copy / "step-4" / name)
+    write_manifest(copy / "step-4")  # else the step before it would be taken
     before = files(copy)
     refused("train", text, "--out", copy, *TINY, *CHARACTERS, "--steps", 6, "--resume", says=(says,))
     assert files(copy) == before
@@ -643,37 +654,120 @@ def test_a_learning_rate_too_large(text, tmp_path, capsys):
 # --- Looking ------------------------------------------------------------------------------------------
 
 
+def in_page(page: Path) -> tuple[dict, str]:
+    """What a page says of its first capture, and its text."""
+    html = page.read_text(encoding="utf-8")
+    (said,) = re.findall(r'id="manifest">(.*?)</script>', html)
+    (tokens,) = re.findall(r'id="array-c0-keytokens">(.*?)</script>', html)
+    return json.loads(said)["captures"][0], "".join(json.loads(tokens))
+
+
 def test_look_takes_the_beginning_of_a_longer_text(trained, text, tmp_path, capsys):
     page = tmp_path / "attention.html"
     assert run("look", "--text", text, "--model", trained, "--out", page) == 0
-    assert capsys.readouterr() == (f"{page}: the first 16 tokens of cats; open it in a browser\n", "")
-    capture = json.loads(re.findall(r'id="capture">(.*?)</script>', page.read_text(encoding="utf-8"))[0])
-    assert "".join(capture["key_tokens"]) == TEXT[:16]
+    stdout, stderr = capsys.readouterr()
+    assert (stdout, looked(stderr)) == (f"{page}: open it in a browser\n", ("16 tokens of cats",))
+    said, shown = in_page(page)
+    assert shown == TEXT[:16] and said["name"] == str(trained) and said["prompt"] is None
 
 
 def test_look_reads_a_short_text_whole_though_a_corpus_is_cut(words, tmp_path, capsys):
     file = tmp_path / "short.txt"
     file.write_text("the cat ran", encoding="utf-8")  # a corpus is cut inside of "ran"
-    page = tmp_path / "attention.html"
-    assert run("look", "--text", file, "--model", words, "--out", page) == 0
-    assert capsys.readouterr() == (f"{page}: the first 3 tokens of short; open it in a browser\n", "")
+    assert run("look", "--text", file, "--model", words, "--out", tmp_path / "attention.html") == 0
+    assert looked(capsys.readouterr().err) == ("3 tokens of short",)
 
 
 def test_look_tells_of_unknown_words(words, tmp_path, capsys):
     file = tmp_path / "other.txt"
     file.write_text("the zebra met the yak", encoding="utf-8")
     assert run("look", "--text", file, "--model", words, "--out", tmp_path / "attention.html") == 0
-    stdout, stderr = capsys.readouterr()
-    assert "the first 5 tokens" in stdout
-    assert stderr == "note: 3 of them are <unk>: words that the model's vocabulary lacks\n"
+    unknown = "3 of them are <unk>: words that the model's vocabulary lacks"
+    assert looked(capsys.readouterr().err) == ("5 tokens of other", unknown)
 
 
-def test_look_at_what_is_not_there(trained, text, tmp_path, refused):
+def test_look_shows_what_the_model_writes(trained, text, tmp_path, capsys):
+    page = tmp_path / "attention.html"
+    same = ("look", "--text", text, "--model", trained, "--out", page)
+    assert run(*same, "--tokens", 5, "--write", 7) == 0
+    assert looked(capsys.readouterr().err)[0] == "5 tokens of cats and 7 that the model wrote"
+    said, shown = in_page(page)
+    assert (said["prompt"], said["keys"], shown[:5]) == (5, 12, TEXT[:5])
+    assert run(*same, "--write", 4) == 0
+    assert in_page(page)[0]["prompt"] == 12  # as much of the text as leaves room
+
+
+def test_look_saves_and_looks_again_without_the_model(trained, text, tmp_path, capsys):
+    folder, first, second = (tmp_path / name for name in ("seen", "first.html", "second.html"))
+    assert run("look", "--text", text, "--model", trained, "--save", folder, "--out", first) == 0
+    assert looked(capsys.readouterr().err)[1] == f"saved: sightline look --capture {folder} shows it again"
+    assert run("look", "--capture", folder, "--out", second, "--heads", "0.1") == 0
+    assert capsys.readouterr() == (f"{second}: open it in a browser\n", "")
+    said, shown = in_page(second)
+    assert shown == in_page(first)[1] and said["pairs"] == [[0, 1]] and said["name"] == str(folder)
+
+
+def test_look_compares_two_models(trained, words, text, tmp_path, capsys):
+    page = tmp_path / "attention.html"
+    assert run("look", "--text", text, "--model", trained, "--compare", trained / "step-2", "--out", page) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert looked(first) == looked(second) == ("16 tokens of cats",)
+    html = page.read_text(encoding="utf-8")
+    names = [one["name"] for one in json.loads(re.findall(r'id="manifest">(.*?)</script>', html)[0])["captures"]]
+    assert names == [str(trained), str(trained / "step-2")]
+    assert run("look", "--text", text, "--model", trained, "--compare", words, "--tokens", 4, "--out", page) == 0
+    texts = re.findall(r'keytokens">(.*?)</script>', page.read_text(encoding="utf-8"))
+    assert [json.loads(one) for one in texts] == [list("line"), ["line", "0:", "the", "cat"]]
+
+
+def test_look_serves_by_default(trained, text, monkeypatch):
+    calls = []
+    monkeypatch.setattr("sightline.viewer.server.serve", lambda *captures, **options: calls.append((captures, options)))
+    assert run("look", "--text", text, "--model", trained, "--layers", 0) == 0
+    assert run("look", "--text", text, "--model", trained, "--port", 9000, "--no-open") == 0
+    (((captures,), first), (_, second)) = calls
+    assert list(captures) == [str(trained)] and len(captures[str(trained)].tokens) == 16
+    assert first == {"port": 8765, "open_browser": False} and second == {"port": 9000, "open_browser": False}
+
+
+@pytest.mark.parametrize(
+    ("platform", "terminal", "variables", "expected"),
+    [
+        ("linux", True, {"DISPLAY": ":0"}, True),
+        ("linux", True, {"WAYLAND_DISPLAY": "wayland-0"}, True),
+        ("linux", True, {}, False),
+        ("linux", False, {"DISPLAY": ":0"}, False),
+        ("darwin", True, {}, True),
+    ],
+)
+def test_a_browser_opens_where_there_is_a_screen(platform, terminal, variables, expected, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli.sys, "platform", platform)
+    monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert cli._has_screen() is expected
+
+
+def test_look_at_what_is_not_there(trained, words, text, tmp_path, refused):
     same = ("look", "--text", text, "--model", trained, "--out", tmp_path / "attention.html")
     refused(*same, "--tokens", 17, says=("--tokens must be from 1 to 16", "got 17"))
     refused(*same, "--tokens", 0, says=("--tokens must be from 1 to 16", "got 0"))
+    refused(*same, "--tokens", 10, "--write", 7, says=("--tokens must be from 1 to 9", "got 10"))
+    refused(*same, "--write", 16, says=("--write must be from 0 to 15", "got 16"))
+    refused(*same, "--write", 2, "--compare", words, says=("need two models with the same tokens",))
     refused(*same, "--layers", 1, says=("layers are 0 to 0, got 1",))
     refused(*same, "--layers", says=("no layer asked for",))
+    refused(*same, "--heads", "all", says=("heads are pairs of layer and head such as 0.1,2.3; got 'all'",))
+    refused(*same, "--heads", "0.2", says=("heads are 0 to 1, got head 2",))
+    refused(*same, "--port", 80, says=("--out writes a page and serves none",))
+    refused(*same, "--save", tmp_path / "x", "--compare", words, says=("--save saves one capture",))
+    refused(*same, "--compare", trained, says=("--compare takes another model, and this is --model's",))
+    refused("look", "--text", text, says=("needs --model and --text, or the --capture",))
+    refused("look", "--model", trained, says=("needs --model and --text, or the --capture",))
+    refused("look", "--capture", trained, says=("holds no capture.json",))
+    refused("look", "--capture", trained, "--tokens", 3, says=("--capture is a capture already",))
     assert not any(tmp_path.iterdir())
 
 

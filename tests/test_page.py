@@ -12,9 +12,10 @@ import pytest
 import torch
 from captures import structured
 
-from sightline.inspection import Capture, capture
+from sightline.inspection import capture
 from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
 from sightline.models import Decoder, DecoderConfig
+from sightline.pyramid import Pyramid
 from sightline.viewer import page as page_module
 from sightline.viewer.page import page
 
@@ -61,34 +62,44 @@ class Tags(HTMLParser):
 
 
 def facts(html: str) -> dict:
-    return json.loads(Tags(html).scripts["capture"])
+    return json.loads(Tags(html).scripts["manifest"])
 
 
-def array(html: str, name: str, dtype: str = "<f4") -> np.ndarray:
-    return np.frombuffer(base64.b64decode(Tags(html).scripts[name]), dtype)
+def array(html: str, name: str) -> np.ndarray:
+    kind = facts(html)["embedded"]["arrays"][name]
+    values = np.frombuffer(
+        base64.b64decode(Tags(html).scripts[f"array-{name}"]), np.dtype(kind["dtype"]).newbyteorder("<")
+    )
+    return values.reshape(kind["shape"])
 
 
-def recomputed(html: str, row: int, head: int) -> np.ndarray:
+def tokens(html: str, side: str, number: int = 0) -> list[str]:
+    return json.loads(Tags(html).scripts[f"array-c{number}-{side}tokens"])
+
+
+def recomputed(html: str, layer: int, head: int) -> np.ndarray:
     """The weights of one head from nothing but the page, as its script computes them; NaN where hidden."""
     said = facts(html)
-    queries, keys, width = len(said["query_tokens"]), len(said["key_tokens"]), said["width"]
-    mask = said["masks"][row]
-    query = array(html, f"queries-{row}").reshape(said["heads"], queries, width)[head].astype(np.float64)
-    key = array(html, f"keys-{row}").reshape(said["groups"], keys, width)
-    scores = said["scales"][row] * query @ key[head * said["groups"] // said["heads"]].T
-    if said["softcaps"][row] is not None:
-        scores = said["softcaps"][row] * np.tanh(scores / said["softcaps"][row])
+    seen, numbers = said["captures"][0], said["embedded"]["captures"][0]
+    row = seen["layers"].index(layer)
+    mask, length = seen["masks"][row], numbers["lengths"][row]
+    query = array(html, f"c0-l{layer}-h{head}-queries").astype(np.float64)
+    key = array(html, f"c0-l{layer}-g{head * numbers['groups'] // numbers['heads']}-keys").astype(np.float64)
+    queries, keys = len(query), len(key)
+    assert (queries, keys) == (seen["queries"], seen["keys"])
+    scores = numbers["scales"][row] * query @ key.T
+    if numbers["softcaps"][row] is not None:
+        scores = numbers["softcaps"][row] * np.tanh(scores / numbers["softcaps"][row])
     distance = np.arange(queries)[:, None] + keys - queries - np.arange(keys)
-    if mask["slopes"]:
-        scores -= mask["slopes"][head] * abs(distance)
-    if mask["extra"]:
-        extra = array(html, f"extra-{row}").reshape(mask["extra"], queries, keys)
-        scores = scores + extra[head if mask["extra"] > 1 else 0]
+    if numbers["slopes"][row]:
+        scores -= numbers["slopes"][row][head] * abs(distance)
+    if f"c0-l{layer}-h{head}-extra" in said["embedded"]["arrays"]:
+        scores = scores + array(html, f"c0-l{layer}-h{head}-extra")
     hidden = scores == -np.inf
     hidden |= distance > (np.inf if mask["before"] is None else mask["before"])
     hidden |= -distance > (np.inf if mask["after"] is None else mask["after"])
-    hidden |= np.arange(keys) >= (keys if mask["length"] is None else mask["length"])
-    logsumexp = array(html, "logsumexp").reshape(-1, said["heads"], queries)[row, head]
+    hidden |= np.arange(keys) >= (keys if length is None else length)
+    logsumexp = array(html, f"c0-l{layer}-h{head}-logsumexp")
     return np.where(hidden, np.nan, np.exp(scores - np.where(hidden, 0, logsumexp[:, None])))
 
 
@@ -111,9 +122,9 @@ def recomputed(html: str, row: int, head: int) -> np.ndarray:
 )
 def test_the_page_holds_what_the_weights_need(seen):
     html = page(seen)
-    for row, layer in enumerate(seen.layers):
+    for layer in seen.layers:
         for head in range(seen.num_heads):
-            found, expected = recomputed(html, row, head), seen.weights(layer, head).double().numpy()
+            found, expected = recomputed(html, layer, head), seen.weights(layer, head).double().numpy()
             np.testing.assert_allclose(np.nan_to_num(found), expected, atol=2e-6, rtol=1e-5)
             allowed, _ = seen.mask(layer, head).dense(*expected.shape)
             if allowed is not None:
@@ -123,36 +134,66 @@ def test_the_page_holds_what_the_weights_need(seen):
 def test_the_page_of_a_model_with_groups():
     torch.manual_seed(0)
     config = DecoderConfig.modern(vocabulary=9, d_model=32, num_layers=2, num_heads=4, num_groups=2)
-    seen = capture(Decoder(config), torch.arange(70) % 9, layers=[1])
+    seen = capture(Decoder(config), torch.arange(70) % 9, layers=[1], prompt=50)
     html = page(seen)
     for head in range(4):
         exact = seen.weights(1, head).numpy()
-        np.testing.assert_allclose(np.nan_to_num(recomputed(html, 0, head)), exact, atol=1e-6)
-    said = facts(html)
-    assert said["layers"] == [1] and said["thumb"] == [64, 64]
+        np.testing.assert_allclose(np.nan_to_num(recomputed(html, 1, head)), exact, atol=1e-6)
+        for name in ("entropy", "sink", "distance", "received"):
+            np.testing.assert_array_equal(array(html, f"c0-l1-h{head}-{name}"), getattr(seen, name)[0, head].numpy())
+        np.testing.assert_array_equal(array(html, f"c0-l1-h{head}-topkeys"), seen.top_keys[0, head].numpy())
+        np.testing.assert_array_equal(array(html, f"c0-l1-h{head}-topweights"), seen.top_weights[0, head].numpy())
+        np.testing.assert_array_equal(array(html, f"c0-l1-h{head}-top"), seen.top_weights[0, head, :, 0].numpy())
+    (said,) = facts(html)["captures"]
+    assert (said["layers"], said["heads"], said["prompt"]) == ([1], 4, 50)
+    assert said["pairs"] == [[1, 0], [1, 1], [1, 2], [1, 3]]
     np.testing.assert_allclose(said["summaries"]["previous"], seen.previous_token.flatten().numpy(), rtol=1e-6)
-    np.testing.assert_allclose(array(html, "received").reshape(4, 70), seen.received[0].numpy())
 
 
-def test_the_small_maps_show_the_largest_weight_of_each_square():
+def test_only_what_is_chosen_is_in_the_page():
+    seen = structured().select([(3, 1), (0, 2)])
+    html = page(seen)
+    names = facts(html)["embedded"]["arrays"]
+    assert {name for name in names if name.endswith("queries")} == {"c0-l3-h1-queries", "c0-l0-h2-queries"}
+    assert facts(html)["captures"][0]["pairs"] == [[3, 1], [0, 2]]
+    assert array(html, "c0-wall").shape == (20, 10) and len(html) < len(page(structured()))
+    np.testing.assert_allclose(np.nan_to_num(recomputed(html, 3, 1)), seen.weights(3, 1).numpy(), atol=2e-6)
+
+
+def test_pooled_pictures_are_those_of_the_pyramid():
     seen = structured(tuple("ab" * 50), layers=(0,))
-    thumbs = array(page(seen), "thumbs", "u1").reshape(4, 64, 64)
-    weights = seen.weights(0, 3).numpy()
-    for y, x in [(0, 0), (63, 0), (40, 21), (63, 63)]:
-        square = weights[y * 100 // 64 : -(-(y + 1) * 100 // 64), x * 100 // 64 : -(-(x + 1) * 100 // 64)]
-        assert thumbs[3, y, x] == 1 + round(254 * max(0, 1 + np.log10(max(square.max(), 1e-4)) / 4))
-    assert thumbs[3, 0, 63] == 0 and thumbs[3, 63, 0] > 0
+    html, pyramid = page(seen), Pyramid(seen)
+    wall = array(html, "c0-wall").astype(np.float64).reshape(4, 50, 50) / 4096
+    np.testing.assert_allclose(wall, pyramid.wall.numpy(), rtol=1e-3, atol=1e-8)
+    assert np.isnan(wall[3, 0, 1]) and facts(html)["captures"][0]["wall"] == [50, 50]
+    for name, pool in (("mapmax", "max"), ("mapmass", "sum")):
+        found = array(html, f"c0-l0-h3-{name}").astype(np.float64) / 4096
+        np.testing.assert_allclose(found, pyramid.whole(0, 3, pool, 2).numpy(), rtol=1e-3, atol=1e-8)
+
+
+def test_two_captures_are_compared():
+    html = page({"before": structured(), "after": structured(("x", "y"), keys=tuple("abcd"), mask=Mask())})
+    assert [one["name"] for one in facts(html)["captures"]] == ["before", "after"]
+    assert tokens(html, "key", 1) == list("abcd") and tokens(html, "query", 1) == ["x", "y"]
+    assert array(html, "c1-l3-h0-queries").shape == (2, 4)
+
+
+def test_a_long_text_holds_half_floats():
+    config = DecoderConfig.modern(vocabulary=9, d_model=4, num_layers=1, num_heads=1, context=5000)
+    seen = capture(Decoder(config), [1, 2, 3] * 1400, top=1)
+    names = facts(page(seen))["embedded"]["arrays"]
+    assert names["c0-l0-h0-queries"]["dtype"] == names["c0-l0-g0-keys"]["dtype"] == "float16"
+    assert names["c0-l0-h0-logsumexp"]["dtype"] == "float32"
 
 
 def test_nothing_is_asked_for():
     html = page(structured())
-    assert re.findall(r"https?://[^\s'\"]+", html) == ["http://www.w3.org/2000/svg"]
-    assert not re.search(
-        r"url\(|@import|\bfetch\(|XMLHttpRequest|WebSocket|sendBeacon|\bimport\(|innerHTML|eval\(", html
-    )
+    assert set(re.findall(r"https?://[^\s'\"<>]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"url\(|@import|XMLHttpRequest|WebSocket|sendBeacon|\bimport\(|innerHTML|eval\(", html)
     tags = Tags(html)
     links = [(tag, value) for tag, attrs in tags.elements for name, value in attrs.items() if name in ("src", "href")]
     assert [(tag, value[:5]) for tag, value in links] == [("link", "data:")]
+    assert "map.js" not in html and "map.css" not in html
     assert not any(name.startswith("on") or name == "style" for _, attrs in tags.elements for name in attrs)
 
 
@@ -173,9 +214,10 @@ def test_no_text_becomes_markup():
     elements = [[tag for tag, _ in Tags(page(seen)).elements] for seen in (plain, nasty)]
     assert elements[0] == elements[1]
     html = page(nasty)
-    assert facts(html)["query_tokens"] == list(NASTY)
-    inside = re.search(r'id="capture">(.*?)</script>', html, re.DOTALL)[1]
-    assert inside.isascii() and not re.search("[<>&]", inside)
+    assert tokens(html, "key") == list(NASTY)
+    for name in ("manifest", "array-c0-keytokens"):
+        inside = re.search(rf'id="{name}">(.*?)</script>', html, re.DOTALL)[1]
+        assert inside.isascii() and not re.search("[<>&]", inside)
     assert "alert(1)</script>" not in html and "<img" not in html
 
 
@@ -190,8 +232,8 @@ def test_the_same_capture_gives_the_same_bytes(tmp_path):
 def test_the_assets_are_small():
     folder = resources.files("sightline.viewer").joinpath("assets")
     sizes = {item.name: len(item.read_bytes()) for item in folder.iterdir()}
-    assert set(sizes) == {"page.html", "page.css", "page.js"}
-    assert sum(sizes.values()) < 60_000
+    assert set(sizes) == {"map.html", "map.css", "map.js"}
+    assert sum(sizes.values()) <= 80 * 1024
 
 
 def test_line_ends_of_a_windows_checkout_do_not_break_the_hash(monkeypatch, tmp_path):
@@ -204,22 +246,21 @@ def test_line_ends_of_a_windows_checkout_do_not_break_the_hash(monkeypatch, tmp_
     assert page(structured()) == expected
 
 
-def long(count: int) -> Capture:
-    model = Decoder(DecoderConfig.modern(vocabulary=9, d_model=4, num_layers=1, num_heads=1, context=2000))
-    return capture(model, [1] * count, top=1)
-
-
 def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"at most 1024 tokens, this capture has 1025; .*tokens\[:1024\]"):
-        page(long(1025))
     with pytest.raises(ValueError, match=r"page: cannot write .*No such file or directory"):
         page(structured(), tmp_path / "missing" / "attention.html")
-    monkeypatch.setattr(page_module, "MOST_BYTES", 1000)
+    monkeypatch.setattr(page_module, "MOST_BYTES", 5000)
     with pytest.raises(
-        ValueError, match=r"2 layers take 0 MiB.* capture fewer, capture\(model, text, layers=\[0, 1\]\)"
+        ValueError, match=r"page: 8 heads take 0 MiB.*; choose about \d, capture\.select\(\[.*serve\(capture"
     ):
         page(structured())
+    page(structured().select([(0, 1)]))
 
 
-def test_the_longest_page():
-    assert len(facts(page(long(1024)))["key_tokens"]) == 1024
+def test_the_size_is_known_before_the_page_is_made():
+    for seen in (structured(tuple("ab" * 100)), structured(tuple("ab" * 100)).select([(0, 1)])):
+        arrays = facts(page(seen))["embedded"]["arrays"].items()
+        size = sum(
+            np.prod(kind["shape"]) * np.dtype(kind["dtype"]).itemsize for name, kind in arrays if "wall" not in name
+        )
+        assert abs(page_module._size(seen) - size) < 0.05 * size

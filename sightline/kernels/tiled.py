@@ -6,6 +6,7 @@ Gradients recompute the strip (checkpointing), so nothing of O(queries x keys) i
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import cast
 
 import torch
@@ -18,6 +19,10 @@ Span = Callable[[int, int], tuple[int, int]]
 TileOf = Callable[[tuple[int, int], tuple[int, int]], tuple[Tensor | None, Tensor | None]]
 """Queries and keys of a tile -> which may attend, and what is added to the scores."""
 
+POOL_QUERIES, POOL_KEYS = 512, 4096
+"""Weights that are pooled at once: 8 MB, which a CPU's last cache holds."""
+NEVER = 1e30
+"""In place of the logsumexp of a query that sees no key: all its weights become 0."""
 STRIP_QUERIES = 128
 STRIP_SCORES = 2**21
 """Scores a strip holds at most, as far as one query of one sequence allows: 8 MB in float32."""
@@ -95,6 +100,75 @@ def observe(
             if map_block:
                 _pool(facts, first // map_block, start, mass, weights.amax(dim=-2), map_block)
     return facts
+
+
+def pool(
+    query: Tensor,
+    key: Tensor,
+    logsumexp: Tensor,
+    tile: TileOf,
+    *,
+    before: int | None,
+    after: int | None,
+    position: int,
+    scale: float,
+    softcap: float | None,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights of a window summed, and the largest, over squares of `block`: (batch heads query_blocks key_blocks) each.
+
+    The logsumexp of the whole rows is known: (batch heads queries). `position`: how far the window's first query
+    stands behind its first key; `tile` says what the mask says beside `before` and `after`.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[-2]
+    total = logsumexp.new_zeros(batch, heads, -(-queries // block), -(-keys // block))
+    largest = total.clone()
+    room = logsumexp.new_empty(max(block, POOL_QUERIES) * max(block, POOL_KEYS))
+    for sequence, head in product(range(batch), range(heads)):
+        at = sequence, head
+        total_of_row = logsumexp[at].masked_fill(logsumexp[at] == -torch.inf, NEVER)[:, None]
+        rows, columns = query[at].to(room.dtype) * scale, key[sequence, head * key.shape[1] // heads].to(room.dtype)
+        if softcap is None:  # one more number of width subtracts the logsumexp within the product
+            rows = torch.cat([rows, -total_of_row], dim=-1)
+            columns = torch.cat([columns, columns.new_ones(keys, 1)], dim=-1)
+        for (first, last), (start, stop) in _pool_strips(queries, keys, before, after, position, block):
+            weights = room[: (last - first) * (stop - start)].view(last - first, stop - start)
+            torch.mm(rows[first:last], columns[start:stop].T, out=weights)
+            if softcap is not None:
+                weights.div_(softcap).tanh_().mul_(softcap).sub_(total_of_row[first:last])
+            allowed, bias = (
+                None if t is None else t.expand(batch, heads, -1, -1)[at] for t in tile((first, last), (start, stop))
+            )
+            if bias is not None:
+                weights.add_(bias)
+            weights.exp_()
+            if allowed is not None:
+                weights.masked_fill_(~allowed, 0)
+            # What a query may not see by position lies beyond a diagonal.
+            if after is not None and first + position - start + after < stop - start - 1:
+                weights.tril_(first + position - start + after)
+            if before is not None and first + position - start - before > 1 - (last - first):
+                weights.triu_(first + position - start - before)
+            squares = F.pad(weights, (0, (start - stop) % block, 0, (first - last) % block))
+            squares = squares.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+            place = *at, slice(first // block, -(-last // block)), slice(start // block, -(-stop // block))
+            total[place] = squares.sum(1).sum(-1)
+            largest[place] = squares.amax(1).amax(-1)
+    return total, largest
+
+
+def _pool_strips(
+    queries: int, keys: int, before: int | None, after: int | None, position: int, block: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of queries and of keys that these may see, none across a square."""
+    rows, columns = (max(1, size // block) * block for size in (POOL_QUERIES, POOL_KEYS))
+    for first in range(0, queries, rows):
+        last = min(first + rows, queries)
+        start = 0 if before is None else max(0, first + position - before) // block * block
+        stop = keys if after is None else min(keys, last + position + after)
+        for left in range(start, stop, columns):
+            yield (first, last), (left, min(left + columns, stop))
 
 
 def _strips(query: Tensor, key: Tensor, span: Span, *, block: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

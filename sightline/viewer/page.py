@@ -1,46 +1,47 @@
 """A `Capture` as one HTML file that opens from disk, without a server and without a network.
 
-The file holds queries, keys and logsumexp, never the matrix; the browser recomputes the weights it shows. What the
-page does is in `assets/page.js`; this module only puts the parts together. Knows nothing of models.
+The file holds queries, keys, logsumexp and the pooled maps, never the matrix; the browser recomputes the weights it
+shows. What the page does is in `assets/map.js`; this module only puts the parts together. Knows nothing of models.
 """
 
 import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sightline.inspection import Capture
+from sightline.captures import Capture
+from sightline.passages import Passages
+from sightline.pyramid import FACTOR, Pyramid
+from sightline.viewer.manifest import manifest, named
 
-MOST_TOKENS = 1024
 MOST_BYTES = 256 * 1024**2
 """Arrays beyond this make a file that browsers open slowly or not at all."""
-FLOOR = 1e-4
-"""Weights below share the lowest colour of the logarithmic scale."""
-THUMBNAIL = 64
+EXACT_TOKENS = 4096
+"""Longer captures put queries and keys into the file as half floats."""
+
+Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
 
 
 @overload
-def page(capture: Capture, file: None = None) -> str: ...
+def page(capture: Captures, file: None = None) -> str: ...
 @overload
-def page(capture: Capture, file: str | Path) -> Path: ...
-def page(capture: Capture, file: str | Path | None = None) -> str | Path:
-    """One self-contained HTML page: all heads as a wall, one head large, the text, and the weight under the pointer.
+def page(capture: Captures, file: str | Path) -> Path: ...
+def page(capture: Captures, file: str | Path | None = None) -> str | Path:
+    """One self-contained HTML page: all heads as a wall, one head as a map, the text, the weight under the pointer.
 
-    Returns the page, or writes it to `file` and returns its path. The same capture gives the same bytes. The
-    fragment of the address chooses what is shown first: `attention.html#layer=2&head=1&theme=dark`.
+    Returns the page, or writes it to `file` and returns its path. Several captures (by name, where they are given as
+    a dict) are compared. The same capture gives the same bytes. The fragment of the address holds the view.
 
     Raises:
-        ValueError: more than 1,024 queries or keys, more than 256 MiB of queries and keys, or a file that cannot
-            be written.
+        ValueError: more than 256 MiB of arrays, or a file that cannot be written.
 
     >>> from sightline.inspection import capture
     >>> from sightline.models import Decoder, DecoderConfig
@@ -48,29 +49,26 @@ def page(capture: Capture, file: str | Path | None = None) -> str | Path:
     >>> page(capture(model, [3, 1, 4])).startswith("<!doctype html>")
     True
     """
-    _check(capture)
-    style, script = _asset("page.css"), _asset("page.js")
+    pyramids = {name: Pyramid(one) for name, one in named(capture).items()}
+    _check([pyramid.capture for pyramid in pyramids.values()])
+    style, script = asset("map.css"), asset("map.js")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src 'sha256-{_digest(script)}'",
+            f"style-src 'sha256-{_digest(style)}'",
+            "img-src data: blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
     parts = {
-        "policy": "; ".join(
-            [
-                "default-src 'none'",
-                f"script-src 'sha256-{_digest(script)}'",
-                f"style-src 'sha256-{_digest(style)}'",
-                "img-src data:",
-                "base-uri 'none'",
-                "form-action 'none'",
-            ]
-        ),
-        "style": style,
-        "script": script,
-        "capture": _json(_facts(capture)),
-        "arrays": "\n".join(
-            f'<script type="text/plain" id="{name}">{base64.b64encode(array.tobytes()).decode("ascii")}</script>'
-            for name, array in _arrays(capture)
-        ),
+        "<!-- policy -->": f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<link rel="stylesheet" href="map.css">': f"<style>{style}</style>",
+        '<script type="module" src="map.js"></script>': f'{_data(pyramids)}\n<script type="module">{script}</script>',
     }
-    # One pass, so that a text which looks like a placeholder stays a text.
-    html = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
+    # One pass, so that a text which looks like a place stays a text.
+    html = re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], asset("map.html"))
     if file is None:
         return html
     path = Path(file)
@@ -81,109 +79,102 @@ def page(capture: Capture, file: str | Path | None = None) -> str | Path:
     return path
 
 
-def _check(capture: Capture) -> None:
-    queries, keys = len(capture.query_tokens), len(capture.key_tokens)
-    if max(queries, keys) > MOST_TOKENS:
-        raise ValueError(
-            f"page: a page shows at most {MOST_TOKENS} tokens, this capture has {max(queries, keys)}; "
-            f"capture a slice of the text, capture(model, tokens[:{MOST_TOKENS}])"
-        )
-    size = 4 * (capture.queries.numel() + capture.keys.numel())
+def _check(captures: Sequence[Capture]) -> None:
+    """Refuse before anything is computed."""
+    size = sum(map(_size, captures))
     if size > MOST_BYTES:
+        heads = sum(len(capture.heads) for capture in captures)
+        fit = max(1, heads * MOST_BYTES // size)
         raise ValueError(
-            f"page: queries and keys of {len(capture.layers)} layers take {size / 2**20:.0f} MiB, more than the "
-            f"{MOST_BYTES // 2**20} MiB that browsers open well; capture fewer, capture(model, text, layers=[0, 1])"
+            f"page: {heads} heads take {size / 2**20:.0f} MiB, more than the {MOST_BYTES // 2**20} MiB that browsers "
+            f"open well; choose about {fit}, capture.select([(layer, head), ...]), or look with serve(capture)"
         )
 
 
-def _facts(capture: Capture) -> dict[str, Any]:
-    """All but the large arrays."""
-    summaries = {
-        "entropy": capture.mean_entropy,
-        "sink": capture.mean_sink,
-        "distance": capture.mean_distance,
-        "previous": capture.previous_token,
-    }
+def _size(capture: Capture) -> int:
+    """About how many bytes of arrays a page of it holds."""
+    width, top = capture.queries.shape[-1], capture.top_keys.shape[-1]
+    queries, keys = len(capture.query_tokens), len(capture.key_tokens)
+    number = 2 if max(queries, keys) > EXACT_TOKENS else 4
+    groups = {(layer, capture.group(head)) for layer, head in capture.heads}
+    a_head = queries * (number * width + 8 * top + 5 * 4) + 4 * keys + 4 * capture.map_max[0, 0].numel()
+    return len(capture.heads) * a_head + len(groups) * number * width * keys
+
+
+def _data(pyramids: Mapping[str, Pyramid]) -> str:
+    """The elements that hold what is shown."""
+    passages = [Passages(one.capture.key_tokens, one.capture.separator) for one in pyramids.values()]
+    said, elements = manifest(pyramids, passages), []
+    arrays: dict[str, dict[str, Any]] = {}
+    for number, pyramid in enumerate(pyramids.values()):
+        capture = pyramid.capture
+        elements.append(_element(f"array-c{number}-keytokens", _json(capture.key_tokens)))
+        if not capture.same_text:
+            elements.append(_element(f"array-c{number}-querytokens", _json(capture.query_tokens)))
+        for name, values in _arrays(pyramid):
+            name = f"c{number}-{name}"
+            arrays[name] = {"dtype": str(values.dtype), "shape": values.shape}
+            text = base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode("ascii")
+            elements.append(_element(f"array-{name}", text))
+    said["embedded"] = {"arrays": arrays, "captures": [_numbers(one.capture) for one in pyramids.values()]}
+    return "\n".join([f'<script type="application/json" id="manifest">{_json(said)}</script>', *elements])
+
+
+def _element(name: str, text: str) -> str:
+    return f'<script type="text/plain" id="{name}">{text}</script>'
+
+
+def _numbers(capture: Capture) -> dict[str, Any]:
+    """What weights are recomputed with, by captured layer."""
+    slopes, lengths = ([getattr(mask, name) for mask in capture.masks] for name in ("slopes", "lengths"))
     return {
-        "model": capture.model,
-        "query_tokens": capture.query_tokens,
-        "key_tokens": capture.key_tokens,
-        "same": capture.same_text,
-        "separator": capture.separator,
-        "layers": capture.layers,
-        "heads": capture.num_heads,
         "groups": capture.keys.shape[1],
-        "width": capture.queries.shape[-1],
-        "top": capture.top_keys.shape[-1],
-        "sink_keys": capture.sink_keys,
-        "floor": FLOOR,
-        "thumb": _thumbnail_shape(capture),
+        "heads": capture.num_heads,
         "scales": capture.scales,
         "softcaps": capture.softcaps,
-        "masks": [_mask(capture, layer) for layer in capture.layers],
-        "summaries": {name: _floats(values).flatten().tolist() for name, values in summaries.items()},
+        "slopes": [None if slope is None else slope.tolist() for slope in slopes],
+        "lengths": [None if length is None else int(length[0]) for length in lengths],
     }
 
 
-def _mask(capture: Capture, layer: int) -> dict[str, Any]:
-    mask, extra = capture.masks[capture.index(layer)], _extra(capture, layer)
-    return {
-        "before": mask.before,
-        "after": mask.after,
-        "length": None if mask.lengths is None else int(mask.lengths[0]),
-        "slopes": None if mask.slopes is None else _floats(mask.slopes).tolist(),
-        "extra": 0 if extra is None else len(extra),
-    }
+def _arrays(pyramid: Pyramid) -> Iterator[tuple[str, np.ndarray]]:
+    capture = pyramid.capture
+    short = max(pyramid.queries, pyramid.keys) <= EXACT_TOKENS
+    number = torch.float32 if short else torch.float16
+    yield "wall", _half(pyramid.wall.flatten(0, 1))
+    for layer, group in dict.fromkeys((layer, capture.group(head)) for layer, head in capture.heads):
+        yield f"l{layer}-g{group}-keys", capture.keys[capture.index(layer), group].to(number).numpy()
+    for layer, head in capture.heads:
+        at, name = (capture.index(layer), head), f"l{layer}-h{head}"
+        yield f"{name}-queries", capture.queries[at].to(number).numpy()
+        for fact in ("logsumexp", "entropy", "sink", "distance", "received"):
+            yield f"{name}-{fact}", getattr(capture, fact)[at].float().numpy()
+        yield f"{name}-top", capture.top_weights[at][:, 0].float().numpy()
+        yield f"{name}-topweights", capture.top_weights[at].float().numpy()
+        yield f"{name}-topkeys", capture.top_keys[at].int().numpy()
+        if pyramid.map_level is not None:
+            yield f"{name}-mapmax", _half(pyramid.whole(layer, head, "max", pyramid.map_level))
+            yield f"{name}-mapmass", _half(pyramid.whole(layer, head, "sum", pyramid.map_level))
+        extra = _extra(capture, layer, head)
+        if extra is not None:
+            yield f"{name}-extra", extra.numpy()
 
 
-def _extra(capture: Capture, layer: int) -> Tensor | None:
-    """What a mask says in tensors, as one number to add to each score: (heads or 1, queries, keys)."""
-    mask = capture.masks[capture.index(layer)]
+def _extra(capture: Capture, layer: int, head: int) -> Tensor | None:
+    """What a mask says in tensors, as one number to add to each score: (queries or 1, keys or 1)."""
+    mask = capture.mask(layer, head)
     if mask.allowed is None and mask.bias is None:
         return None
-    extra = torch.zeros(1, 1, len(capture.query_tokens), len(capture.key_tokens))
+    extra = torch.zeros(1, 1)
     if mask.bias is not None:
-        extra = extra + mask.bias.float()
+        extra = extra + mask.bias.float().reshape(mask.bias.shape[-2:])
     if mask.allowed is not None:
-        extra = torch.where(mask.allowed, extra, -torch.inf)
-    return extra[0]
+        extra = torch.where(mask.allowed.reshape(mask.allowed.shape[-2:]), extra, -torch.inf)
+    return extra
 
 
-def _arrays(capture: Capture) -> Iterator[tuple[str, np.ndarray]]:
-    for row, layer in enumerate(capture.layers):
-        yield f"queries-{row}", _floats(capture.queries[row])
-        yield f"keys-{row}", _floats(capture.keys[row])
-        extra = _extra(capture, layer)
-        if extra is not None:
-            yield f"extra-{row}", _floats(extra)
-    for name in ("logsumexp", "entropy", "distance", "sink", "received"):
-        yield name, _floats(getattr(capture, name))
-    yield (
-        "thumbs",
-        np.stack([_thumbnail(capture, layer, h) for layer in capture.layers for h in range(capture.num_heads)]),
-    )
-
-
-def _thumbnail_shape(capture: Capture) -> tuple[int, int]:
-    return min(THUMBNAIL, len(capture.query_tokens)), min(THUMBNAIL, len(capture.key_tokens))
-
-
-def _thumbnail(capture: Capture, layer: int, head: int) -> np.ndarray:
-    """The largest weight of each square on the logarithmic scale: 1 for `FLOOR` and below, 255 for 1, 0 for hidden."""
-    weights = capture.weights(layer, head).float()
-    allowed, bias = capture.mask(layer, head).dense(*weights.shape)
-    if bias is not None:
-        weights = weights.masked_fill((bias == -torch.inf)[0, 0], -1)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed[0, 0] if allowed.ndim == 4 else ~allowed, -1)
-    pooled = F.adaptive_max_pool2d(weights[None], _thumbnail_shape(capture))[0]
-    share = (1 - pooled.clamp(min=FLOOR).log10() / np.log10(FLOOR)).clamp(0, 1)
-    levels = (1 + (254 * share).round()) * (pooled >= 0)
-    return levels.to(torch.uint8).numpy()
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().numpy().astype("<f4")
+def _half(values: Tensor) -> np.ndarray:
+    return (values * FACTOR).to(torch.float16).numpy()
 
 
 def _json(value: Any) -> str:
@@ -194,7 +185,7 @@ def _json(value: Any) -> str:
     return text
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     """Line ends as browsers read them, for the policy holds a hash of the text."""
     text = resources.files("sightline.viewer").joinpath("assets", name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")

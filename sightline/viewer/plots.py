@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.inspection import Capture
+from sightline.captures import Capture
 from sightline.masks import Mask
 from sightline.positions import Learned, Sinusoidal
 
