@@ -51,11 +51,11 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:
+def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False, strict: bool = False) -> Path:
     """Compile and link; the library appears whole or not at all.
 
     Raises:
-        RuntimeError: no compiler, no torch, or an error of the compiler.
+        RuntimeError: no compiler, no torch, or an error of the compiler; with `strict` a warning too.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -64,7 +64,7 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = Fa
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not installed here; its headers are needed: pip install torch")
     torch = Path(spec.origin).parent
-    extra = SANITIZE if sanitize else []
+    extra = [*(SANITIZE if sanitize else []), *(["-Werror"] if strict else [])]
     sets = INSTRUCTIONS | (EMULATED if emulate else {})
     define = ["-DSIGHTLINE_EMULATED"] if emulate else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -91,6 +91,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the compiler failed: {' '.join(command)}\n{done.stderr}")
+    sys.stderr.write(done.stderr)
 
 
 def main() -> None:
@@ -100,9 +101,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where the library goes (default: the package)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--emulate", action="store_true", help="with the bf16 dot product in floats too, for tests")
-    options = parser.parse_args()
+    parser.add_argument("--strict", action="store_true", help="take the compiler's warnings for errors")
+    options = vars(parser.parse_args())
     try:
-        print(f"built {build(options.output, sanitize=options.sanitize, emulate=options.emulate)}")
+        print(f"built {build(options.pop('output'), **options)}")
     except RuntimeError as error:
         sys.exit(f"build: {error}")
 
