@@ -51,6 +51,12 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def instruction_sets() -> dict[str, list[str]]:
+    """What a library built on this machine holds, least first, and the compiler's flags for each."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {name: flags for name, flags in INSTRUCTIONS.items() if x86 or not flags}
+
+
 def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False, strict: bool = False) -> Path:
     """Compile and link; the library appears whole or not at all.
 
@@ -65,19 +71,16 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = Fa
         raise RuntimeError("torch is not installed here; its headers are needed: pip install torch")
     torch = Path(spec.origin).parent
     extra = [*(SANITIZE if sanitize else []), *(["-Werror"] if strict else [])]
-    sets = INSTRUCTIONS | (EMULATED if emulate else {})
     define = ["-DSIGHTLINE_EMULATED"] if emulate else []
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         commands = [
             [*COMMON, *TORCH, *define, *extra, "-isystem", str(torch / "include"), "-c", str(NATIVE / "attention.cpp"),
              "-o", f"{folder}/attention.o"]
         ]  # fmt: skip
-        for name, flags in sets.items():
-            if x86 or not flags:
-                source = ["-c", str(NATIVE / "kernels.cpp"), "-o", f"{folder}/{name}.o"]
-                commands.append([*COMMON, *KERNEL, *flags, f"-DSIGHTLINE_ISA={name}", *extra, *source])
+        for name, flags in (instruction_sets() | (EMULATED if emulate else {})).items():
+            source = ["-c", str(NATIVE / "kernels.cpp"), "-o", f"{folder}/{name}.o"]
+            commands.append([*COMMON, *KERNEL, *flags, f"-DSIGHTLINE_ISA={name}", *extra, *source])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: _run([compiler, *command]), commands))
         objects = [command[-1] for command in commands]
