@@ -7,7 +7,7 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 KERNEL := sightline/kernels
 SOURCES := $(KERNEL)/build.py $(wildcard $(KERNEL)/native/*)
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 
 demo: $(VENV)/installed $(VENV)/built
 	$(BIN)/sightline demo
@@ -20,8 +20,13 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# A wheel with the native kernel, compiled here: for every Python, torch 2.10 and newer, and the systems its name tells.
+wheel: $(VENV)/installed
+	$(BIN)/python $(KERNEL)/build.py
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) sightline-demo $(KERNEL)/*.so
+	rm -rf $(VENV) build dist sightline-demo $(KERNEL)/*.so
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from sightline.attention import Choice, choose
-from sightline.kernels import cpu
+from sightline.kernels import build, cpu
 from sightline.masks import ALiBi, Causal, Mask, Padding, Window
 from sightline.schedule import has_bfloat16
 
@@ -48,9 +48,24 @@ def _machine() -> dict[str, str]:
     facts["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
     native = "in hardware" if has_bfloat16(torch.device("cpu")) else "emulated: training takes float32"
     facts["bfloat16 on the CPU"] = native
-    facts["native CPU kernel"] = cpu.MISSING or f"built, uses {cpu.instructions()}"
+    facts |= _native()
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     return facts
+
+
+def _native() -> dict[str, str]:
+    """The native kernel: whether it is there, in which instructions, and how to change either."""
+    if cpu.MISSING:
+        compiler = build.find_compiler()
+        found = f"{compiler} is here" if compiler else "there is none here: install g++ or clang++ first"
+        return {"native CPU kernel": f"{cpu.MISSING}; {found}"}
+    here = cpu.available()
+    others = " or ".join(f'"{name}"' for name in here if name != cpu.instructions())
+    change = f"; sightline.kernels.cpu.use_instructions({others}) takes others" if others else ""
+    return {
+        "native CPU kernel": f"built for {', '.join(build.instruction_sets())}; this CPU has {', '.join(here)}",
+        "its instructions": f"{cpu.instructions()}{change}",
+    }
 
 
 def _choices() -> dict[str, Choice]:

@@ -71,7 +71,17 @@ def test_the_budget_fails_where_it_must():
 
 @pytest.mark.parametrize(
     ("queries", "keys", "width", "value_width"),
-    [(1, 1, 1, 1), (13, 15, 31, 17), (65, 63, 64, 64), (129, 257, 40, 80), (511, 513, 8, 256), (1023, 1025, 128, 96)],
+    [
+        (1, 1, 1, 1),
+        (3, 2, 256, 1),
+        (13, 15, 31, 17),
+        (16, 17, 16, 192),
+        (65, 63, 64, 64),
+        (127, 64, 192, 128),
+        (129, 257, 40, 80),
+        (511, 513, 8, 256),
+        (1023, 1025, 128, 96),
+    ],
 )
 @pytest.mark.parametrize("mask", [Mask(), Causal(), Window(before=100, after=7)], ids=["all", "causal", "window"])
 def test_float32_is_as_accurate_as_plain_torch(queries, keys, width, value_width, mask, instructions):
@@ -212,9 +222,10 @@ def assert_same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> Non
         assert torch.equal(one, other), f"tensor {i} differs"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_bits_do_not_depend_on_runs_threads_strides_or_company(shape, threads):
-    case = draw(**shape, width=24, value_width=40, dtype=torch.float32)
+def test_bits_do_not_depend_on_runs_threads_strides_or_company(shape, dtype, threads, instructions):
+    case = draw(**shape, width=24, value_width=40, dtype=dtype)
     first = everything(case, Causal())
     for number in (1, 2, 3, 4):
         threads(number)
@@ -258,6 +269,70 @@ def test_padding_may_hold_nan():
         t[0, :, 270:], t[1, :, 3:] = torch.nan, torch.nan
     for clean, other in zip(everything(case, mask), everything(dirty, mask), strict=True):
         assert torch.equal(clean, other)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (300, 300), (70, 600), (257, 514), (3, 1100)])
+def test_a_future_key_changes_no_bit(queries, keys, instructions):
+    case = draw(queries=queries, keys=keys, width=16, dtype=torch.float32)
+    seen = saw(case, Causal())
+    for row in (0, queries // 2, queries - 2):
+        future = keys - queries + row + 1
+        other = Case(case.query, case.key.clone(), case.value.clone())
+        other.key[:, :, future:] += 50
+        other.value[:, :, future:] += 1e3
+        changed = saw(other, Causal())
+        for fact in ("output", *FACTS[:-1]):
+            assert torch.equal(getattr(changed, fact)[:, :, : row + 1], getattr(seen, fact)[:, :, : row + 1]), fact
+        assert not torch.equal(changed.output, seen.output)
+
+
+@pytest.mark.parametrize("hides", [Allowed, Bias])
+def test_hundreds_of_hidden_keys_before_the_first_seen(hides, instructions):
+    case = Case(*(t.requires_grad_() for t in draw(queries=20, keys=900, dtype=torch.float32)))
+    first = 2 * TILE + 90
+    allowed = (torch.arange(900) >= first).expand(20, 900)
+    mask = hides(allowed if hides is Allowed else torch.zeros(20, 900).masked_fill(~allowed, -torch.inf))
+    output = native(case, mask)
+    torch.testing.assert_close(output, native(Case(case.query, case.key[:, :, first:], case.value[:, :, first:])))
+    to_query, *to_rest = torch.autograd.grad(output.square().sum(), case)
+    assert to_query.isfinite().all()
+    for gradient in to_rest:
+        assert gradient.isfinite().all() and (gradient[:, :, :first] == 0).all()
+
+
+def test_a_hidden_key_never_wins_over_very_low_scores(instructions):
+    case = draw(queries=9, keys=700, dtype=torch.float32)
+    seen_keys = (torch.arange(700) >= 650) & (torch.arange(700) < 660)
+    mask = Bias(torch.full((9, 700), -1e30)) & Allowed(seen_keys.expand(9, 700))
+    seen = saw(case, mask, top=10)
+    mean = case.value[:, :, 650:660].mean(2).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(seen.output, mean[:, :, None].expand_as(seen.output), atol=1e-6, rtol=1e-5)
+    assert torch.equal(seen.top_keys, torch.arange(650, 660).expand(2, 4, 9, 10))
+    assert (seen.received[..., ~seen_keys] == 0).all() and (seen.logsumexp < -1e29).all()
+
+
+def test_what_an_earlier_call_left_behind_changes_nothing(instructions):
+    case, mask = draw(queries=37, keys=291, dtype=torch.float32), Causal() & Padding([291, 100])
+    first = everything(case, mask)
+    sizes = draw(queries=90, keys=2000, width=64, dtype=torch.float32)
+    dirty = Case(*(torch.full_like(t, torch.nan).requires_grad_() for t in sizes))
+    native(dirty).sum().backward()
+    with pytest.raises(ValueError, match="NaN"):
+        saw(dirty)
+    assert_same_bits(everything(case, mask), first)
+
+
+def test_top_keys_are_exact_where_scores_are(instructions):
+    random = torch.Generator().manual_seed(5)
+    sizes = {"queries": (2, 4, 50, 6), "keys": (2, 2, 800, 6)}
+    query, key = (torch.randint(-3, 4, shape, generator=random).float() for shape in sizes.values())
+    scores = torch.einsum("bhqw,bhkw->bhqk", query, key.repeat_interleave(2, dim=1)).masked_fill(
+        torch.ones(50, 800, dtype=torch.bool).triu(751), -torch.inf
+    )
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # small whole numbers: hundreds of ties
+    for top in (1, 8, 16, 40):
+        seen = saw(Case(query, key, key), Causal(), scale=1.0, top=top)
+        assert torch.equal(seen.top_keys, order[..., :top])
 
 
 def test_large_scores_keep_their_facts():
@@ -341,10 +416,10 @@ def test_opcheck(grad):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch's tracer does
 def test_compiles_whole_with_its_gradient():
-    case = draw(queries=20, keys=20, dtype=torch.float32)
+    case, mask = draw(queries=20, keys=20, dtype=torch.float32), Causal()
 
     def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        once = attention(query, key, value, Causal(), implementation="cpu")
+        once = attention(query, key, value, mask, implementation="cpu")
         return once.sum() + attention(query, key, value, implementation="cpu").square().sum()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

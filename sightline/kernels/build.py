@@ -51,11 +51,17 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False) -> Path:
+def instruction_sets() -> dict[str, list[str]]:
+    """What a library built on this machine holds, least first, and the compiler's flags for each."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {name: flags for name, flags in INSTRUCTIONS.items() if x86 or not flags}
+
+
+def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = False, strict: bool = False) -> Path:
     """Compile and link; the library appears whole or not at all.
 
     Raises:
-        RuntimeError: no compiler, no torch, or an error of the compiler.
+        RuntimeError: no compiler, no torch, or an error of the compiler; with `strict` a warning too.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -64,20 +70,17 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False, emulate: bool = Fa
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not installed here; its headers are needed: pip install torch")
     torch = Path(spec.origin).parent
-    extra = SANITIZE if sanitize else []
-    sets = INSTRUCTIONS | (EMULATED if emulate else {})
+    extra = [*(SANITIZE if sanitize else []), *(["-Werror"] if strict else [])]
     define = ["-DSIGHTLINE_EMULATED"] if emulate else []
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         commands = [
             [*COMMON, *TORCH, *define, *extra, "-isystem", str(torch / "include"), "-c", str(NATIVE / "attention.cpp"),
              "-o", f"{folder}/attention.o"]
         ]  # fmt: skip
-        for name, flags in sets.items():
-            if x86 or not flags:
-                source = ["-c", str(NATIVE / "kernels.cpp"), "-o", f"{folder}/{name}.o"]
-                commands.append([*COMMON, *KERNEL, *flags, f"-DSIGHTLINE_ISA={name}", *extra, *source])
+        for name, flags in (instruction_sets() | (EMULATED if emulate else {})).items():
+            source = ["-c", str(NATIVE / "kernels.cpp"), "-o", f"{folder}/{name}.o"]
+            commands.append([*COMMON, *KERNEL, *flags, f"-DSIGHTLINE_ISA={name}", *extra, *source])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: _run([compiler, *command]), commands))
         objects = [command[-1] for command in commands]
@@ -91,6 +94,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the compiler failed: {' '.join(command)}\n{done.stderr}")
+    sys.stderr.write(done.stderr)
 
 
 def main() -> None:
@@ -100,9 +104,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where the library goes (default: the package)")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
     parser.add_argument("--emulate", action="store_true", help="with the bf16 dot product in floats too, for tests")
-    options = parser.parse_args()
+    parser.add_argument("--strict", action="store_true", help="take the compiler's warnings for errors")
+    options = vars(parser.parse_args())
     try:
-        print(f"built {build(options.output, sanitize=options.sanitize, emulate=options.emulate)}")
+        print(f"built {build(options.pop('output'), **options)}")
     except RuntimeError as error:
         sys.exit(f"build: {error}")
 

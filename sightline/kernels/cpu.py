@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = ("forward", "backward", "observe", "pool")
 HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
 
 
@@ -41,6 +42,8 @@ def _load() -> tuple[Any, str]:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return None, f"the native kernel does not load ({error}); {HOW_TO_GET_IT}"
+    if not all(hasattr(torch.ops.sightline, name) for name in OPERATORS):
+        return None, f"the native kernel was built from older sources; {HOW_TO_GET_IT}"
     library = ctypes.CDLL(str(LIBRARY))
     library.sightline_instructions.restype = ctypes.c_char_p
     library.sightline_available.restype = ctypes.c_char_p
