@@ -254,8 +254,8 @@ Plan plan_of(const Call& call, const Kernels& kernels, bool seeing) {
     return plan;
   }
   if (plan.strip_kept) {
-    // A strip of 4 MB at most, and never so many rows that it leaves L2 for nothing.
-    constexpr int64_t kStripFloats = int64_t{1} << 20;
+    // A strip of 32 MB at most. Beyond L2 it costs less to write and read it than to read keys and values more often.
+    constexpr int64_t kStripFloats = int64_t{1} << 23;
     plan.fold = 1;
     int64_t most = std::clamp(kStripFloats / std::max<int64_t>(1, tiles * kTile), rows, 7 * rows);
     plan.band_rows = most;
