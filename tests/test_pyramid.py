@@ -278,7 +278,9 @@ def test_places_in_a_text_of_131072_tokens(mask):
         hidden = ~visible[:, column * count : (column + 1) * count].view(side, -1, side).any(2).any(0)
         for pool, values in (("max", weights.amax((0, 2))), ("sum", weights.sum((0, 2)) / side)):
             found = pyramid.tile(1, 1, pool, level, row, column)[y].double()
-            torch.testing.assert_close(found, values.masked_fill(hidden, torch.nan), rtol=3e-5, atol=1e-30, equal_nan=True)
+            torch.testing.assert_close(
+                found, values.masked_fill(hidden, torch.nan), rtol=3e-5, atol=1e-30, equal_nan=True
+            )
         key = column * count + 5
         weight = pyramid.weight(1, 1, first, key)
         exact = float(weights[0, 5 // side, 5 % side])
