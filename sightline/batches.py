@@ -5,12 +5,14 @@ the text, the tokenizer, the format. Knows nothing about models.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from sightline.corpora import Corpus
+from sightline.encoding import Encoded, cores, encode_all, width
+from sightline.locks import Lock
 from sightline.tokenizers import Tokenizer
 
 FORMAT = 1
@@ -59,34 +63,31 @@ def tokenize(
     """Turn every split of a corpus into a token file, or take the files from an earlier call.
 
     The text is read and hashed at every call, so that a file which has changed is tokenized anew; a cached
-    file whose size or checksum is not the manifest's is written anew. Memory stays constant.
-    `progress(bytes_done, bytes_total)` is called while tokenizing, and not at all when nothing is to do.
+    file whose size or checksum is not the manifest's is written anew. Memory stays constant, and a long text
+    is shared out to all cores. What a killed call has written the next one goes on with; two calls for the
+    same text take turns. `progress(bytes_done, bytes_total)` is called while tokenizing, and not at all when
+    nothing is to do.
 
     Raises ValueError for a split without a token, a text that changes meanwhile, a cache that cannot be written.
     """
+    cache = Path(cache)
     hashes = {split: corpus.hash(split) for split in corpus.splits}
     made_of = {"format": FORMAT, "tokenizer": tokenizer.hash, "texts": hashes}
-    folder = Path(cache) / hashlib.sha256(json.dumps(made_of).encode("utf-8")).hexdigest()
+    folder = cache / hashlib.sha256(json.dumps(made_of).encode("utf-8")).hexdigest()
     found = _open(folder, made_of)
     if found is not None:
         return found
-    try:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
-    except OSError as error:
-        raise ValueError(f"cannot write token files into {cache}: {error.strerror}: choose another folder") from None
-    try:
-        _write(corpus, tokenizer, work, made_of, progress)
-        if {split: corpus.hash(split) for split in corpus.splits} != hashes:
-            raise ValueError(f"{corpus.name} changed while it was tokenized: start again")
-        found = _open(folder, made_of)
+    with _work_folder(cache, folder.name) as work:
+        found = _open(folder, made_of)  # another process may have been faster
         if found is not None:
             return found
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _Writer(corpus, tokenizer, work, progress).write(made_of)
+        if {split: corpus.hash(split) for split in corpus.splits} != hashes:
+            raise ValueError(f"{corpus.name} changed while it was tokenized: start again")
+        with _into(cache):
+            if folder.exists():
+                shutil.rmtree(folder)
+            work.rename(folder)
     written = _open(folder, made_of)
     assert written is not None, folder
     return written
@@ -152,60 +153,192 @@ def _check(tokens: TokenFile, *, batch: int, context: int) -> None:
         )
 
 
+# --- Writing -----------------------------------------------------------------------------------------
+
+_WORK = ".tokens-"
+_JOURNAL = "journal.json"
+BLOCK = 1 << 20
+"""Characters, at least, that are encoded at a time."""
+NOTED_EVERY = 64
+"""Blocks after which a killed call need not be done again."""
+SHARED_FROM = 16 * BLOCK
+"""Bytes of text below which processes would take longer to start than to work."""
+
+
+@contextmanager
+def _into(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write token files into {cache}: {error.strerror}: choose another folder") from None
+
+
+@contextmanager
+def _work_folder(cache: Path, name: str) -> Iterator[Path]:
+    """The folder to work in, held by this process alone, with what a killed one has left there.
+
+    Ctrl-C leaves it for the next call; an error leaves nothing.
+    """
+    work = cache / (_WORK + name)
+    lock = _lock_of(work)
+    with _into(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(cache, work)
+        if not lock.take():
+            warnings.warn(f"process {lock.holder()} tokenizes the same text: waiting for it", stacklevel=4)
+            lock.take(wait=True)
+    try:
+        with _into(cache):
+            work.mkdir(exist_ok=True)
+        yield work
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        if work.exists() and not (work / _JOURNAL).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        lock.give_back()
+
+
+def _lock_of(work: Path) -> Lock:
+    return Lock(work.with_name(f"{work.name}.lock"))
+
+
+def _remove_orphans(cache: Path, own: Path) -> None:
+    """Removes what calls for other texts left that were killed."""
+    for path in list(cache.glob(_WORK + "*")):
+        work = path.with_suffix("")
+        if work == own or not (lock := _lock_of(work)).take():
+            continue
+        shutil.rmtree(work, ignore_errors=True)
+        lock.give_back()
+
+
 @dataclass(kw_only=True)
 class _Counts:
+    """How far a split is: blocks of text read, and what has been written of them."""
+
+    blocks: int = 0
     ids: int = 0
     bytes: int = 0
     words: int = 0
     unknown: int = 0
     in_word: bool = False
 
-    def add(self, text: str, ids: np.ndarray, unknown: int | None) -> None:
-        self.ids += len(ids)
+    def add(self, text: str, encoded: Encoded, itemsize: int) -> None:
+        self.blocks += 1
+        self.ids += len(encoded.ids) // itemsize
         self.bytes += len(text.encode("utf-8"))
-        # A word that runs over from the piece before has been counted there.
-        self.words += len(text.split()) - (self.in_word and not text[0].isspace())
+        # A word that runs over from the block before has been counted there.
+        self.words += encoded.words - (self.in_word and not text[0].isspace())
         self.in_word = not text[-1].isspace()
-        self.unknown += 0 if unknown is None else int(np.count_nonzero(ids == unknown))
+        self.unknown += encoded.unknown
 
 
-def _write(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, made_of: dict[str, Any], progress: Progress | None
-) -> None:
-    """One file of ids a split, and last the manifest that says how each must look."""
-    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
-    total = sum(corpus.size(split) for split in corpus.splits)
-    before = 0
-    splits: dict[str, dict[str, int | str]] = {}
-    for split in corpus.splits:
-        counts, digest = _Counts(), hashlib.sha256()
-        with (folder / split).open("wb") as file:
-            for text in corpus.texts(split):
-                ids = np.asarray(tokenizer.encode(text), dtype=dtype)
-                file.write(ids.tobytes())
-                digest.update(ids.tobytes())
-                counts.add(text, ids, tokenizer.unknown)
-                if progress is not None:
-                    progress(min(before + counts.bytes, total), total)
-            _sync(file)
-        before += corpus.size(split)
+class _Writer:
+    """Writes one file of ids a split, and last the manifest that says how each must look."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Progress | None) -> None:
+        self.corpus, self.tokenizer, self.folder, self.progress = corpus, tokenizer, folder, progress
+        self.dtype = np.dtype(width(tokenizer))
+        self.total = sum(corpus.size(split) for split in corpus.splits)
+        self.counts = {split: _Counts() for split in corpus.splits}
+        shared = self.total >= SHARED_FROM and tokenizer.kind != "characters"  # those take a table, not time
+        self.processes = cores() if shared else 1
+
+    def write(self, made_of: dict[str, Any]) -> None:
+        self._find_journal()
+        splits = {split: self._write(split) for split in self.corpus.splits}
+        with _into(self.folder.parent):
+            (self.folder / _JOURNAL).unlink(missing_ok=True)
+            with (self.folder / "manifest.json").open("w", encoding="utf-8", newline="\n") as file:
+                json.dump({**made_of, "dtype": self.dtype.str, **splits}, file, indent=2)
+                _sync(file)
+
+    def _write(self, split: str) -> dict[str, int | str]:
+        counts = self.counts[split]
+        with _into(self.folder.parent):
+            file = (self.folder / split).open("ab")
+        with file:
+            digest = self._kept(split)
+            blocks = itertools.islice(_blocks(self.corpus.texts(split)), counts.blocks, None)
+            with closing(encode_all(blocks, self.tokenizer, self.processes)) as answers:
+                for text, encoded in answers:
+                    with _into(self.folder.parent):
+                        file.write(encoded.ids)
+                    digest.update(encoded.ids)
+                    counts.add(text, encoded, self.dtype.itemsize)
+                    if counts.blocks % NOTED_EVERY == 0:
+                        self._note(file)
+                    if self.progress is not None:
+                        self.progress(min(sum(c.bytes for c in self.counts.values()), self.total), self.total)
+            with _into(self.folder.parent):
+                _sync(file)
         if counts.ids == 0:
-            raise ValueError(f"{corpus.name} has no {tokenizer.kind} in its {split} split: give more text")
-        splits[split] = {
+            raise ValueError(f"{self.corpus.name} has no {self.tokenizer.kind} in its {split} split: give more text")
+        return {
             "sha256": digest.hexdigest(),
             "num_ids": counts.ids,
             "num_bytes": counts.bytes,
             "num_words": counts.words,
             "num_unknown": counts.unknown,
         }
-    with (folder / "manifest.json").open("w", encoding="utf-8", newline="\n") as file:
-        json.dump({**made_of, "dtype": dtype, **splits}, file, indent=2)
-        _sync(file)
+
+    def _note(self, file: IO[bytes]) -> None:
+        """Notes how far the work is, once that much of it is on the disk."""
+        with _into(self.folder.parent):
+            _sync(file)
+            new = self.folder / f"{_JOURNAL}.new"
+            new.write_text(json.dumps({split: asdict(counts) for split, counts in self.counts.items()}))
+            new.replace(self.folder / _JOURNAL)
+
+    def _find_journal(self) -> None:
+        """Goes back to what is noted, and to the beginning where nothing is or it cannot be."""
+        with _into(self.folder.parent):
+            try:
+                noted = json.loads((self.folder / _JOURNAL).read_text())
+                self.counts = {split: _Counts(**noted[split]) for split in self.corpus.splits}
+                for split, counts in self.counts.items():
+                    self._cut(self.folder / split, counts.ids * self.dtype.itemsize)
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                self.counts = {split: _Counts() for split in self.corpus.splits}
+                for path in self.folder.iterdir():
+                    path.unlink()
+
+    def _cut(self, file: Path, size: int) -> None:
+        if size and file.stat().st_size < size:
+            raise ValueError(f"{file} is shorter than noted")
+        if file.exists():
+            os.truncate(file, size)
+
+    def _kept(self, split: str) -> "hashlib._Hash":
+        digest = hashlib.sha256()
+        with (self.folder / split).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest
+
+
+def _blocks(texts: Iterator[str]) -> Iterator[str]:
+    """Pieces of text joined into fewer: as few as possible of at least `BLOCK` characters, but for the last."""
+    parts: list[str] = []
+    length = 0
+    for text in texts:
+        parts.append(text)
+        length += len(text)
+        if length >= BLOCK:
+            yield "".join(parts)
+            parts, length = [], 0
+    if parts:
+        yield "".join(parts)
 
 
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+# --- Reading -----------------------------------------------------------------------------------------
 
 
 def _open(folder: Path, made_of: dict[str, Any]) -> TokenizedCorpus | None:

@@ -1,9 +1,11 @@
 """Models as folders of safetensors and JSON: `save`, `load`, and writing that is whole or not at all.
 
-A checkpoint is `model.safetensors`, `config.json` and, where the model has one, `tokenizer.json`.
-Nothing is pickled, so opening a stranger's checkpoint runs no code. Knows nothing about training.
+A checkpoint is `model.safetensors`, `config.json` and, where the model has one, `tokenizer.json`; `manifest.json`
+holds the sha256 of each, so that a damaged byte is found before it is believed. Nothing is pickled, so opening a
+stranger's checkpoint runs no code. Knows nothing about training.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from sightline.tokenizers import Tokenizer
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step-\d+")
 TEMPORARY = ".writing-"
+MANIFEST = "manifest.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -48,10 +51,10 @@ def whole(folder: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             # safetensors makes files that only their owner may read; a checkpoint follows the umask.
             file.chmod(temporary.stat().st_mode & 0o666)
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         temporary.replace(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as its own error.
         raise ValueError(
@@ -67,10 +70,11 @@ def replace_text(file: Path, text: str) -> None:
     temporary = file.with_name(TEMPORARY + file.name)
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(file)
-        _sync(file.parent)
+        sync(file.parent)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ValueError(f"expected to write {file}, but: {error}; free some space or choose another folder") from error
 
 
@@ -79,7 +83,8 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders, and keeps their entries itself.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -106,6 +111,12 @@ def write_model(folder: Path, model: Decoder) -> None:
         tokenizer.save(folder / "tokenizer.json")
 
 
+def write_manifest(folder: Path) -> None:
+    """Writes the sha256 of every file of a folder, which `check_whole` compares."""
+    files = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
+
+
 def save(folder: str | Path, model: Decoder) -> Path:
     """Saves a model and its tokenizer as a new folder of safetensors and JSON, whole or not at all.
 
@@ -129,6 +140,7 @@ def save(folder: str | Path, model: Decoder) -> Path:
         folder.rmdir()
     with whole(folder) as temporary:
         write_model(temporary, model)
+        write_manifest(temporary)
     return folder
 
 
@@ -138,20 +150,75 @@ def save(folder: str | Path, model: Decoder) -> Path:
 def load(folder: str | Path) -> Decoder:
     """Opens a checkpoint: a run's folder (its best step), one of its steps, or what `save` wrote.
 
-    The model comes back on the CPU, in evaluation mode, in the dtype of the file, with its tokenizer.
+    The model comes back on the CPU, in evaluation mode, in the dtype of the file, with its tokenizer. A folder that
+    was put together by hand needs no manifest.json; where there is one, every file must be as it says.
 
     Raises:
-        ValueError: a file is missing, truncated or foreign; the line names the file and what is wrong.
+        ValueError: a file is missing, damaged or foreign; the line names the file, what is wrong, and the other step
+            of the run that is whole.
 
     Example: see `save`.
     """
     folder = step_folder(folder)
+    if (folder / MANIFEST).exists():
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            raise _with_a_whole_step(error, folder.parent) from None
     config, tokenizer = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers that are thrown away
         model = Decoder(config)
     model.tokenizer = tokenizer
     load_weights(model, folder)
     return model.eval()
+
+
+def check_whole(folder: Path) -> None:
+    """Compares every file of a checkpoint with its manifest.
+
+    Raises:
+        ValueError: a file is missing, or has changed since it was written.
+    """
+    manifest = folder / MANIFEST
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"expected {manifest} to hold the sha256 of files, got {files!r}: it is damaged")
+    for name, expected in files.items():
+        _expect_file(folder / name)
+        found = _sha256(folder / name)
+        if found != expected:
+            raise ValueError(
+                f"{folder / name} is damaged: expected the sha256 {str(expected)[:12]}... of {MANIFEST}, got "
+                f"{found[:12]}...; copy it again, or, if you changed it yourself, remove {MANIFEST}"
+            )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as it was written."""
+    try:
+        check_whole(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_a_whole_step(error: ValueError, out: Path) -> ValueError:
+    whole_step = next(filter(is_whole, steps(out)), None)
+    return error if whole_step is None else ValueError(f"{error}; {whole_step} is whole: give that")
+
+
+def steps(out: Path) -> list[Path]:
+    """The step folders of a run, newest first."""
+    found = [path for path in out.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
@@ -241,9 +308,12 @@ def step_folder(folder: str | Path) -> Path:
         raise ValueError(f"expected a checkpoint's folder, but {folder} does not exist")
     if not folder.is_dir():
         raise ValueError(f"expected a checkpoint's folder, got the file {folder}: give {folder.parent}")
-    if (folder / "checkpoint.json").exists():
+    if not (folder / "checkpoint.json").exists():
+        return folder
+    try:
         return folder / read_pointer(folder)["best"]
-    return folder
+    except ValueError as error:
+        raise _with_a_whole_step(error, folder) from None
 
 
 def read_pointer(out: Path) -> dict[str, str]:

@@ -6,15 +6,17 @@ Knows no text and no terminal; what happens is written to the run's log and told
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sightline.advice import Advice
 from sightline.checkpoints import load_weights, read_config
 from sightline.evaluation import Evaluation
-from sightline.runs import Ended, Evaluated, Event, RunFolder, Saved, Started, Stepped
+from sightline.runs import Ended, Evaluated, Event, RunFolder, Saved, Started, Stepped, Warned
 from sightline.schedule import TrainConfig
 from sightline.tokenizers import Tokenizer
 from sightline.trainer import Diverged, Step, Trainer
@@ -59,6 +61,7 @@ class Run:
         self.best_step: int | None = None
         self.final: Evaluation | None = None
         self.without_gain = 0
+        self.advice = Advice()
         self.slowest_look = self.slowest_step = 0.0
 
     def complete(self, resumed: bool) -> TrainResult:
@@ -67,16 +70,19 @@ class Run:
             raise ValueError(self._nothing_to_do(ended))
         self.folder.truncate_log(self.trainer.step if resumed else -1)
         self._tell_start(resumed)
+        for note in self.folder.notes:
+            self._warn(note)
+        self._warn(self._advice_of_size())
         try:
             stopped = self._train()
         except KeyboardInterrupt:
             raise Interrupted(self._save_interrupted()) from None
         except Diverged as error:
-            kept = self.folder.latest and self.folder.out / self.folder.latest
-            raise Diverged(
-                f"{error}: {f'{kept} is the last good checkpoint' if kept else 'nothing was saved yet'}; "
-                f"start again with a lower --learning-rate (now {self.config.learning_rate})"
-            ) from error
+            kept = f"{self.folder.step} is the last good checkpoint" if self.folder.latest else "nothing was saved yet"
+            line = f"{error}: {kept}; start again with a lower --learning-rate (now {self.config.learning_rate})"
+            # A listener would tell a person the same line twice.
+            self.folder.log(Warned(step=self.trainer.step, message=line, seconds=self._seconds()))
+            raise Diverged(line) from error
         speed = self.trainer.tokens_per_second
         step, seconds = self.trainer.step, self._seconds()
         self._tell(Ended(step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed))
@@ -170,6 +176,9 @@ class Run:
         self.slowest_look = max(self.slowest_look, time.perf_counter() - began)
         best = self.best_step == step
         self._tell(Evaluated.of(evaluation, step=step, best=best, seconds=self._seconds()))
+        if self.best is not None and self.best_step is not None:
+            so_far = {"best": self.best.loss, "best_step": self.best_step, "without_gain": self.without_gain}
+            self._warn(self.advice.of_evaluation(loss=evaluation.loss, **so_far))
         return evaluation
 
     def _look(self) -> None:
@@ -190,6 +199,7 @@ class Run:
             "best_step": self.best_step,
             "final": self.final and asdict(self.final),
             "without_gain": self.without_gain,
+            "advice": self.advice.state(),
             "data": self.fingerprint,
             "config": asdict(self.config),
         }
@@ -220,7 +230,13 @@ class Run:
         self.best = _evaluation(state, "best", path)
         self.final = _evaluation(state, "final", path)
         self.best_step = _entry(state, "best_step", path, int | None)
+        if self.best_step is not None and not self.folder.has(self.best_step):
+            self.best = self.best_step = None
         self.without_gain = _entry(state, "without_gain", path, int)
+        try:
+            self.advice = Advice.of_state(_entry(state, "advice", path, dict))
+        except ValueError as error:
+            raise ValueError(f"in {path / 'training.json'}: {error}") from None
         self.began -= _entry(state, "seconds", path, int | float)
 
     # --- What happens, told ---------------------------------------------------------------------------
@@ -229,6 +245,21 @@ class Run:
         self.folder.log(event)
         if self.listener is not None:
             self.listener(event)
+
+    def _warn(self, message: str | None) -> None:
+        if message is None:
+            return
+        self._tell(Warned(step=self.trainer.step, message=message, seconds=self._seconds()))
+        if self.listener is None:
+            warnings.warn(message, stacklevel=2)
+
+    def _advice_of_size(self) -> str | None:
+        limit = self.config.step_limit
+        return self.advice.of_size(
+            parameters=self.trainer.model.num_parameters,
+            tokens=len(self.trainer.train_tokens.ids),
+            drawn=limit and limit * self.config.batch * self.trainer.context,
+        )
 
     def _tell_start(self, resumed: bool) -> None:
         trainer = self.trainer
@@ -261,6 +292,7 @@ class Run:
                 seconds=self._seconds(),
             )
         )
+        self._warn(self.advice.of_step(loss=step.loss, learning_rate=self.config.learning_rate))
 
 
 def _entry(state: Mapping[str, Any], key: str, path: Path, kind: Any) -> Any:

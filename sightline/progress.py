@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from sightline.runs import Ended, Evaluated, Event, Saved, Started, Stepped
+from sightline.runs import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
 
 # Between two lines of steps where there is no terminal.
 _QUIET_SECONDS = 10.0
@@ -65,6 +65,8 @@ class TrainProgress:
             self._say(_evaluated(event))
         elif isinstance(event, Started):
             self._say(_started(event))
+        elif isinstance(event, Warned):
+            self._say(f"warning: {event.message}")
         elif isinstance(event, Ended):
             self._bar.update(self._task, completed=1.0)
             self._say(

@@ -2,13 +2,17 @@
 
     out/
       checkpoint.json   {"best": "step-800", "latest": "step-1000"}, replaced whole
-      step-800/         model.safetensors config.json tokenizer.json training.safetensors training.json
+      step-800/         model.safetensors config.json tokenizer.json training.safetensors training.json manifest.json
+      step-900/
       step-1000/
       log.jsonl         one line an event
+      .lock             while a process writes here
 
-A kill at any moment leaves checkpoint.json naming two whole steps. Knows nothing about optimisers.
+Kept are the best step, the latest, and the one before it, which a run goes on from where the latest is damaged. A
+kill at any moment leaves checkpoint.json naming whole steps. Knows nothing about optimisers.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,21 +24,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sightline.checkpoints import (
-    STEP_FOLDER,
     TEMPORARY,
+    check_whole,
+    is_whole,
     read_json,
-    read_pointer,
     read_tensors,
     replace_text,
+    steps,
+    sync,
     whole,
     write_json,
+    write_manifest,
     write_model,
 )
 from sightline.evaluation import Evaluation
+from sightline.locks import Lock
 from sightline.models import Decoder
 
 # What a run that was stopped before its first checkpoint leaves: starting over loses nothing.
-_OURS = {"log.jsonl", "tokens"}
+_LOCK = ".lock"
+_OURS = {"log.jsonl", "tokens", _LOCK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,83 +124,141 @@ class Ended:
     tokens_per_second: float
 
 
-Event = Started | Stepped | Evaluated | Saved | Ended
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something about the run wants a person's attention; `message` says what, and what to do."""
+
+    step: int
+    message: str
+    seconds: float
+
+
+Event = Started | Stepped | Evaluated | Saved | Warned | Ended
 
 
 class RunFolder:
-    """A run's folder, opened for writing: cleared of what a killed writer left, and known to be writable.
+    """A run's folder, opened for writing by one process: locked, cleared of what a killed writer left.
+
+    A context manager. With `resume`, `latest` is the newest step that is whole, and `notes` has a line for each newer
+    one that is not.
 
     Raises:
-        ValueError: the folder cannot be written; it holds a run and `resume` is off; it holds none and
-            `resume` is on; it holds somebody else's files.
+        ValueError: the folder cannot be written, or another process writes it; it holds a run and `resume` is off;
+            it holds none, or none that is whole, and `resume` is on; it holds somebody else's files.
     """
 
     def __init__(self, out: str | Path, *, resume: bool = False) -> None:
         self.out = Path(out)
-        pointer = self._pointer(resume)
-        self.best: str | None = pointer.get("best")
-        self.latest: str | None = pointer.get("latest")
+        self.latest: str | None = None
+        self.previous: str | None = None
+        self.notes: list[str] = []
+        self._lock = Lock(self.out / _LOCK)
+        self._is_new = not self.out.exists()
+        self._check(resume)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if not self._lock.take():
+                raise ValueError(
+                    f"another run, process {self._lock.holder()}, writes into {self.out}: wait for its end, or choose "
+                    "another --out"
+                )
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        try:
+            self._check(resume)  # what that process may have left since
             with self._log.open("a", encoding="utf-8"):
                 pass
-            self._clean()
+            for path in self.out.glob(TEMPORARY + "*"):
+                _remove(path)
+            if resume:
+                self.latest = self._newest_whole_step()
         except OSError as error:
-            raise ValueError(
-                f"expected a folder that can be written, but {self.out}: {error}; choose another --out"
-            ) from error
+            self.close()
+            raise self._cannot_write(error) from error
+        except BaseException:
+            self.close()
+            raise
 
-    def _pointer(self, resume: bool) -> Mapping[str, str]:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process write here; a folder in which nothing was written is left as it was found."""
+        with contextlib.suppress(OSError):  # on the way out of an error that tells more
+            if self._log.exists() and not self._log.stat().st_size:
+                self._log.unlink()
+        self._lock.give_back()
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.out.rmdir()
+
+    def _cannot_write(self, error: OSError) -> ValueError:
+        return ValueError(f"expected a folder that can be written, but {self.out}: {error}; choose another --out")
+
+    def _check(self, resume: bool) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"expected a folder, but {self.out} is a file: choose another --out")
-        if (self.out / "checkpoint.json").exists():
-            pointer = read_pointer(self.out)
-            if not resume:
-                step = pointer["latest"].removeprefix("step-")
-                raise ValueError(
-                    f"{self.out} holds a run at step {step}: add --resume to go on, or choose another --out"
-                )
-            return pointer
-        steps = [path.name for path in self.out.glob("step-*") if STEP_FOLDER.fullmatch(path.name)]
-        if steps:
-            # Killed between the two renames of its first checkpoint, or checkpoint.json was lost: a step is whole.
-            newest = max(steps, key=lambda name: int(name.removeprefix("step-")))
-            raise ValueError(
-                f"expected checkpoint.json beside {newest} in {self.out}, but it is missing: to go on from there write "
-                f"it as {json.dumps({'best': newest, 'latest': newest})}, else choose another --out"
-            )
-        if resume:
+        found = steps(self.out)
+        pointer = self.out / "checkpoint.json"
+        if found and not resume:
+            step = found[0].name.removeprefix("step-")
+            raise ValueError(f"{self.out} holds a run at step {step}: add --resume to go on, or choose another --out")
+        if not found and pointer.exists():
+            raise ValueError(f"expected the steps that {pointer} names, but they are missing: choose another --out")
+        if not found and resume:
             raise ValueError(
                 f"expected a run to go on with, but {self.out} holds none: leave --resume out to start one"
             )
-        if self.out.exists():
+        if not found and self.out.exists():
             names = {path.name for path in self.out.iterdir() if not path.name.startswith(TEMPORARY)}
             if names - _OURS:
                 raise ValueError(
                     f"expected a new or empty folder, but {self.out} holds {min(names - _OURS)!r} and no run: "
                     "choose another --out"
                 )
-        return {}
 
-    def _clean(self) -> None:
-        """Removes half-written files, and steps that are neither best nor latest."""
-        for path in self.out.iterdir():
-            ours = path.name.startswith(TEMPORARY) or STEP_FOLDER.fullmatch(path.name)
-            if ours and path.name not in (self.best, self.latest):
-                if path.is_dir():
-                    # A file that another program holds open is no reason to stop: the next save tries again.
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
+    def _newest_whole_step(self) -> str:
+        damage = []
+        for folder in steps(self.out):
+            try:
+                check_whole(folder)
+            except ValueError as error:
+                damage.append(str(error))
+            else:
+                self.notes += [f"{line}; going on from {folder}" for line in damage]
+                return folder.name
+        raise ValueError(f"{damage[0]}; no other step in {self.out} is whole")
+
+    def has(self, step: int) -> bool:
+        """Whether the folder holds that step, whole; if not, `notes` says so."""
+        folder = self.out / f"step-{step}"
+        if is_whole(folder):
+            return True
+        self.notes.append(f"the best step, {folder}, is lost or damaged: the next evaluation is taken for the best")
+        return False
+
+    def _clean(self, best: str) -> None:
+        """Removes the steps that are neither best, nor latest, nor the one before the latest."""
+        for folder in steps(self.out):
+            if folder.name not in (best, self.latest, self.previous):
+                _remove(folder)
 
     @property
     def _log(self) -> Path:
         return self.out / "log.jsonl"
 
+    @property
+    def step(self) -> Path:
+        """The folder of the latest step."""
+        assert self.latest is not None
+        return self.out / self.latest
+
     def read(self) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         """The latest step: its folder, the tensors of its training state, and the rest of that state."""
-        assert self.latest is not None
-        folder = self.out / self.latest
+        folder = self.step
         return folder, read_tensors(folder / "training.safetensors"), read_json(folder / "training.json")
 
     def save(
@@ -210,27 +277,18 @@ class RunFolder:
         name = f"step-{step}"
         folder = self.out / name
         best = name if best_step is None else f"step-{best_step}"
-        self._expect_own_pointer()
-        if name not in (self.best, self.latest):
-            shutil.rmtree(folder, ignore_errors=True)  # renamed by a writer that was stopped just then
+        if name != self.latest:
+            _remove(folder)  # a damaged one that the run has come to again
             with whole(folder) as temporary:
                 write_model(temporary, model)
                 save_file(dict(tensors), temporary / "training.safetensors")
                 write_json(temporary / "training.json", state)
+                write_manifest(temporary)
+            self.latest, self.previous = name, self.latest
+        sync(self._log)
         replace_text(self.out / "checkpoint.json", json.dumps({"best": best, "latest": name}, indent=2) + "\n")
-        self.best, self.latest = best, name
-        self._clean()
+        self._clean(best)
         return folder
-
-    def _expect_own_pointer(self) -> None:
-        """Two runs in one folder would remove each other's steps: the first to save keeps it."""
-        file = self.out / "checkpoint.json"
-        pointer = read_json(file) if file.exists() else {}
-        if (pointer.get("best"), pointer.get("latest")) != (self.best, self.latest):
-            raise ValueError(
-                f"expected {file} to name {self.latest or 'nothing'} as latest, got {pointer.get('latest')}: another "
-                "run writes into this folder and goes on; start this one again in another --out"
-            )
 
     def truncate_log(self, step: int) -> None:
         """Forgets the events after a step, which a resumed run will write again."""
@@ -260,3 +318,11 @@ class RunFolder:
                 log.write(json.dumps(record) + "\n")
         except OSError as error:
             raise ValueError(f"expected to write {self._log}, but: {error}; free some space") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # A file that another program holds open is no reason to stop: the next save tries again.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, final, get_args
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Kind = Literal["words", "characters", "bpe"]
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
 BPE_VOCABULARY = 4096
+COUNTED = 1 << 22
+"""Different words that are counted at a time, so that memory has a bound: about 500 MB."""
 
 _RESERVED: dict[Kind, tuple[str, ...]] = {"words": (UNKNOWN, END_OF_LINE), "characters": (UNKNOWN,), "bpe": ()}
 
@@ -72,7 +75,8 @@ class Tokenizer:
 
         `vocabulary` bounds its size, `<unk>` and `<eos>` included; None keeps every word or character, and
         means `BPE_VOCABULARY` for bpe. Ties go to the token that sorts first. A text too small for its
-        bpe vocabulary ends with a smaller one. `texts` is read once and never held.
+        bpe vocabulary ends with a smaller one. `texts` is read once and never held; where it has more than
+        `COUNTED` different words, those seen least so far are forgotten.
 
         Raises ValueError for an unknown kind, a vocabulary too small for the kind, texts without a token.
 
@@ -122,10 +126,26 @@ class Tokenizer:
         """Write `tokenizer.json`."""
         Path(file).write_bytes(self._backend.to_str(pretty=True).encode("utf-8"))
 
+    def to_json(self) -> str:
+        """Rules and vocabulary, as in `tokenizer.json`."""
+        return self._backend.to_str()
+
+    @classmethod
+    def of_json(cls, text: str) -> "Tokenizer":
+        """The tokenizer that `to_json` gave."""
+        import tokenizers
+
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The id of each token; in bpe its bytes are disguised as letters, as in GPT-2."""
+        return MappingProxyType(self._ids)
+
     @property
     def hash(self) -> str:
         """The sha256 of rules and vocabulary: equal for tokenizers that encode alike."""
-        return hashlib.sha256(self._backend.to_str().encode("utf-8")).hexdigest()
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
 
     @property
     def tokens_sha256(self) -> str:
@@ -196,6 +216,10 @@ def _train_lookup(kind: Kind, texts: Iterable[str], vocabulary: int | None) -> "
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(_split(kind, text))
+        least = 1
+        while len(counts) > COUNTED:
+            least += 1
+            counts = Counter({token: count for token, count in counts.items() if count >= least})
     reserved = _RESERVED[kind]
     for token in reserved:
         counts.pop(token, None)

@@ -90,8 +90,7 @@ class Trainer:
         size = {"batch": self.config.batch, "context": self.context}
         inputs, targets = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
         with autocast(self.device, self.precision):
-            logits = self.model(inputs.to(self.device))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(self.device).flatten())
+            loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
         return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)

@@ -5,6 +5,7 @@ seed and the step, so a run that was stopped goes on as if it had not been. Know
 hears what happens.
 """
 
+import itertools
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sightline.batches import TokenizedCorpus, tokenize
-from sightline.checkpoints import read_config, step_folder
+from sightline.checkpoints import read_config
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.loop import Interrupted, Listener, Run, TrainResult
 from sightline.models import Decoder, DecoderConfig, check_causal
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 Preset = Literal["modern", "classic"]
+
+_VOCABULARY_BYTES = 1 << 28
 
 
 def train(
@@ -74,23 +77,21 @@ def train(
     changes = dict(model or {})
     _decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
+    RunFolder(out, resume=resume).close()  # what is refused is refused before a long text is read
     corpus = open_corpus(source, errors=errors)
     if corpus.left_out:
         warnings.warn(corpus.left_out, stacklevel=2)
-    RunFolder(out, resume=resume)
-    if resume:
-        text = _same_tokenizer(out, tokenizer, vocabulary)
-    else:
-        chosen, size = choose_tokenizer(corpus)
-        if tokenizer is not None and tokenizer != chosen:
-            chosen, size = tokenizer, _bpe_vocabulary(corpus) if tokenizer == "bpe" else None
-        text = Tokenizer.train(chosen, corpus.texts("train"), size if vocabulary is None else vocabulary)
-    data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        decoder = Decoder(_decoder_config(preset, len(text), changes))
-    decoder.tokenizer = text
-    return fit(decoder, data, out, config, resume=resume, listener=listener)
+    with RunFolder(out, resume=resume) as folder:
+        if resume:
+            text = _same_tokenizer(folder.step, tokenizer, vocabulary)
+        else:
+            text = _new_tokenizer(corpus, tokenizer, vocabulary)
+        data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            decoder = Decoder(_decoder_config(preset, len(text), changes))
+        decoder.tokenizer = text
+        return _fit(decoder, data, folder, config, listener)
 
 
 def fit(
@@ -106,8 +107,8 @@ def fit(
 
     AdamW with linear warm-up and cool-down; a checkpoint at every evaluation and at the end. The model
     ends with the weights of its last step; `load(out)` has the best. With `resume` it starts from the
-    folder's latest step, and on one machine the losses are, bit for bit, those of a run never stopped.
-    The first Ctrl-C saves and stops.
+    folder's newest whole step, and on one machine the losses are, bit for bit, those of a run never stopped.
+    The first Ctrl-C saves and stops. Advice goes to the listener, without one to `warnings`.
 
     Raises:
         ValueError: the folder, the text or the config does not fit (the line says which and how).
@@ -127,8 +128,15 @@ def fit(
     >>> result.final.loss < result.start.loss
     True
     """
+    with RunFolder(out, resume=resume) as folder:
+        return _fit(model, data, folder, config, listener)
+
+
+def _fit(
+    model: Decoder, data: TokenizedCorpus, folder: RunFolder, config: TrainConfig, listener: Listener | None
+) -> TrainResult:
     began = time.perf_counter()
-    folder = RunFolder(out, resume=resume)
+    resume = folder.latest is not None
     device = choose_device(config.device)
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -149,7 +157,8 @@ def choose_tokenizer(corpus: Corpus) -> tuple[Kind, int | None]:
     """The kind of tokenizer for a text, and the size of its vocabulary (None: all there is).
 
     Words, if `<unk>` stands in the first megabyte, as in WikiText, where every word is already cut out;
-    else byte-level BPE with a token for every 256 bytes of training text, from 512 to 16,384.
+    else byte-level BPE with a token for every 256 bytes of training text, from 512 to 16,384. The merges of a
+    text beyond 256 MB are those of pieces taken evenly from all of it.
 
     >>> choose_tokenizer(open_corpus("embedded"))[0]
     'bpe'
@@ -163,6 +172,16 @@ def _bpe_vocabulary(corpus: Corpus) -> int:
     return min(max(corpus.size("train") // 256, 512), 16_384)
 
 
+def _new_tokenizer(corpus: Corpus, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+    chosen, size = choose_tokenizer(corpus)
+    if kind is not None and kind != chosen:
+        chosen, size = kind, _bpe_vocabulary(corpus) if kind == "bpe" else None
+    texts = corpus.texts("train")
+    if chosen == "bpe":  # its merges are a matter of frequency: of a large text a sample tells them
+        texts = itertools.islice(texts, 0, None, -(-corpus.size("train") // _VOCABULARY_BYTES))
+    return Tokenizer.train(chosen, texts, size if vocabulary is None else vocabulary)
+
+
 def _decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> DecoderConfig:
     if preset not in get_args(Preset):
         raise ValueError(f"expected preset to be {' or '.join(get_args(Preset))}, got {preset!r}")
@@ -173,13 +192,15 @@ def _decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any])
     return make(vocabulary=vocabulary, **changes)
 
 
-def _same_tokenizer(out: Path, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
-    _, stored = read_config(step_folder(out))
+def _same_tokenizer(step: Path, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+    _, stored = read_config(step)
     if stored is None:
-        raise ValueError(f"expected a run with a tokenizer to go on with, but the one in {out} has none: use fit")
+        raise ValueError(f"expected a run with a tokenizer to go on with, but {step} has none: use fit")
     if kind is not None and kind != stored.kind:
-        raise ValueError(f"expected the tokenizer of the run in {out}, {stored.kind}, got {kind}")
+        raise ValueError(f"expected the tokenizer of the run in {step}, {stored.kind}, got {kind}")
     # A text with fewer tokens than were asked for has a smaller vocabulary: the same command must go on.
     if vocabulary is not None and vocabulary < len(stored):
-        raise ValueError(f"expected at least the {len(stored)} tokens of the run in {out}, got vocabulary {vocabulary}")
+        raise ValueError(
+            f"expected at least the {len(stored)} tokens of the run in {step}, got vocabulary {vocabulary}"
+        )
     return stored

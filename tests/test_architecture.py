@@ -35,7 +35,8 @@ ROWS = [
     {"attention"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
-    {"shapes", "corpora", "tokenizers", "passages", "kernels.build"},
+    {"encoding"},
+    {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice"},
     {"downloads"},
 ]
 

@@ -1,6 +1,10 @@
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from sightline import batches, corpora
 from sightline.batches import TokenFile, batch, tokenize, windows
 from sightline.corpora import open_corpus
+from sightline.locks import Lock
 from sightline.tokenizers import Tokenizer
 
 TEXT = "the cat sat on the caf\u00e9 mat\nthe dog did not\n\n" * 40
@@ -59,6 +64,7 @@ class Unused:
 @pytest.mark.parametrize("piece", [16, 1 << 20])
 def test_ids_and_counts_are_those_of_the_whole_text(file, cache, monkeypatch, kind, piece):
     monkeypatch.setattr(corpora, "PIECE", piece)
+    monkeypatch.setattr(batches, "BLOCK", 2 * piece)
     corpus = open_corpus(file)
     tokenizer = Tokenizer.train(kind, ["the cat sat on mat not\n"])
     tokenized = tokenize(corpus, tokenizer, cache)
@@ -78,6 +84,7 @@ def test_ids_and_counts_are_those_of_the_whole_text(file, cache, monkeypatch, ki
 
 def test_words_that_run_over_pieces_count_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE", 4)
+    monkeypatch.setattr(batches, "BLOCK", 4)
     (tmp_path / "a.txt").write_bytes(b"onelongword another " * 3)
     corpus = open_corpus(tmp_path / "a.txt")
     tokenized = tokenize(corpus, Tokenizer.train("characters", ["a"]), cache)
@@ -101,6 +108,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(file, cache, words, dtype):
 
 def test_progress_ends_at_all_bytes(file, cache, words, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE", 100)
+    monkeypatch.setattr(batches, "BLOCK", 100)
     seen = []
     tokenize(open_corpus(file), words, cache, lambda done, total: seen.append((done, total)))
     assert len(seen) > 10
@@ -218,18 +226,189 @@ def test_a_text_that_changes_meanwhile_is_an_error(file, cache, words):
     assert list(cache.iterdir()) == []
 
 
-def test_an_entry_that_another_process_wrote_meanwhile_is_used(file, cache, words):
+def test_an_entry_that_another_call_writes_is_waited_for_and_used(file, cache, words, monkeypatch):
     corpus = open_corpus(file)
-    inner = []
+    found, heard, waiting = [], [], threading.Event()
 
-    def other(done, total):
-        if not inner:
-            inner.append(None)
-            inner.append(tokenize(corpus, words, cache))
+    def hear(message, **_):
+        heard.append(message)
+        waiting.set()
 
-    tokens = tokenize(corpus, words, cache, other).train
-    assert tokens.ids.filename == inner[1].train.ids.filename
+    monkeypatch.setattr(batches.warnings, "warn", hear)
+    other = threading.Thread(target=lambda: found.append(tokenize(corpus, words, cache)))
+
+    def start(done, total):
+        if not waiting.is_set():
+            other.start()
+            assert waiting.wait(60)
+
+    tokens = tokenize(corpus, words, cache, start).train
+    other.join()
+    assert found[0].train.ids.filename == tokens.ids.filename
+    assert heard == [f"process {os.getpid()} tokenizes the same text: waiting for it"]
     assert len(list(cache.iterdir())) == 1
+
+
+# A call that was killed
+
+
+class Killed(BaseException):
+    """Ends a call as SIGKILL does: nothing is tidied up."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 64)
+    monkeypatch.setattr(batches, "BLOCK", 64)
+    monkeypatch.setattr(batches, "NOTED_EVERY", 3)
+
+
+def kill_at(share, monkeypatch):
+    """A progress that ends the call when so much is done, and keeps it from removing anything."""
+
+    def progress(done, total):
+        if done >= share * total:
+            monkeypatch.setattr(batches.shutil, "rmtree", lambda *_, **__: None)
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
+@pytest.mark.parametrize("share", [0.3, 0.97])
+def test_what_a_killed_call_has_written_is_gone_on_with(file, cache, monkeypatch, small_blocks, kind, share):
+    corpus, tokenizer = open_corpus(file), Tokenizer.train(kind, ["the cat sat on mat not\n"])
+    straight = tokenize(corpus, tokenizer, cache / "straight")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        tokenize(corpus, tokenizer, cache / "killed", kill_at(share, patch))
+    (work,) = (cache / "killed").iterdir()
+    with (work / "train").open("ab") as torn:
+        torn.write(b"rubbish")
+    done = []
+    resumed = tokenize(corpus, tokenizer, cache / "killed", lambda now, total: done.append(now / total))
+    assert done[0] > share - 0.15
+    for split in ("train", "valid"):
+        one, other = getattr(straight, split), getattr(resumed, split)
+        assert one.ids.tolist() == other.ids.tolist()
+        assert facts(one) == facts(other)
+    assert [path.name for path in (cache / "killed").iterdir()] == [only_folder(cache / "straight").name]
+    assert {path.name for path in only_folder(cache / "killed").iterdir()} == {"train", "valid", "manifest.json"}
+
+
+def facts(tokens):
+    return tokens.num_bytes, tokens.num_words, tokens.num_unknown
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "short"])
+def test_what_a_killed_call_has_written_is_not_trusted_where_it_cannot_be(
+    file, cache, words, monkeypatch, small_blocks, damage
+):
+    corpus = open_corpus(file)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        tokenize(corpus, words, cache, kill_at(0.5, patch))
+    (work,) = cache.iterdir()
+    if damage == "short":
+        (work / "train").write_bytes(b"")
+    else:
+        (work / "journal.json").write_text('{"train": {' if damage == "cut" else '{"train": {"lines": 3}}')
+    assert words.decode(tokenize(corpus, words, cache).train.ids[:4]) == "the cat sat on"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_a_killed_call_for_another_text_left_is_removed(file, cache, words, monkeypatch, small_blocks):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        tokenize(open_corpus(file), words, cache, kill_at(0.5, patch))
+    (cache / ".tokens-old").mkdir()
+    (cache / ".tokens-gone.lock").write_text("12", encoding="ascii")
+    file.write_bytes(TEXT.replace("cat", "dog").encode("utf-8"))
+    tokenize(open_corpus(file), words, cache)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_a_living_call_for_another_text_writes_is_left_alone(file, cache, words):
+    other = cache / ".tokens-other"
+    other.mkdir(parents=True)
+    lock = Lock(cache / ".tokens-other.lock")
+    assert lock.take()
+    tokenize(open_corpus(file), words, cache)
+    assert other.is_dir()
+    lock.give_back()
+
+
+def test_ctrl_c_keeps_what_is_noted(file, cache, words, small_blocks):
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(open_corpus(file), words, cache, stop)
+    assert [path.name for path in only_folder(cache).iterdir() if path.suffix] == ["journal.json"]
+    first = []
+    tokenize(open_corpus(file), words, cache, lambda done, total: first.append(done / total))
+    assert first[0] > 0.4
+
+
+PROGRAM = """
+import sys, time
+from sightline import batches, corpora
+corpora.PIECE, batches.BLOCK, batches.NOTED_EVERY = 1 << 12, 1 << 12, 4
+tokenizer = batches.Tokenizer.train("bpe", ["the cat sat on mat not\\n"])
+
+def progress(done, total):
+    print(done, flush=True)
+    time.sleep(0.002)
+
+batches.tokenize(corpora.open_corpus(sys.argv[1]), tokenizer, sys.argv[2], progress)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_call_killed_for_real_is_gone_on_with(tmp_path, cache):
+    file = tmp_path / "text.txt"
+    file.write_bytes(TEXT.encode("utf-8") * 400)
+    command = [sys.executable, "-c", PROGRAM, file, cache]
+    began = []
+    for kills in range(6):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            began.append(int(process.stdout.readline()))
+            for _ in range(3 + 4 * kills):
+                process.stdout.readline()
+            process.kill()
+    assert began == sorted(began) and began[-1] > began[0]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    assert len(list(cache.iterdir())) == 1
+    corpus, tokenizer = open_corpus(file), Tokenizer.train("bpe", ["the cat sat on mat not\n"])
+    resumed = tokenize(corpus, Unused(tokenizer), cache)
+    straight = tokenize(corpus, tokenizer, tmp_path / "straight")
+    for split in ("train", "valid"):
+        assert getattr(resumed, split).ids.tobytes() == getattr(straight, split).ids.tobytes()
+        assert facts(getattr(resumed, split)) == facts(getattr(straight, split))
+
+
+# All cores
+
+
+def test_processes_write_what_one_process_writes(file, cache, monkeypatch):
+    corpus, tokenizer = open_corpus(file), Tokenizer.train("bpe", ["the cat sat on mat not\n"])
+    alone = tokenize(corpus, tokenizer, cache / "alone")
+    monkeypatch.setattr(batches, "BLOCK", 100)
+    monkeypatch.setattr(batches, "SHARED_FROM", 0)
+    monkeypatch.setattr(batches, "cores", lambda: 3)
+    shared = tokenize(corpus, tokenizer, cache / "shared")
+    for split in ("train", "valid"):
+        assert getattr(shared, split).ids.tobytes() == getattr(alone, split).ids.tobytes()
+        assert facts(getattr(shared, split)) == facts(getattr(alone, split))
+
+
+def test_a_full_disk_is_an_error_that_names_the_cache(file, cache, words, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(batches.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write token files into .*cache: No space left on device: choose"):
+        tokenize(open_corpus(file), words, cache)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(file, words):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sightline import checkpoints
-from sightline.checkpoints import load, replace_text, save, step_folder, whole
+from sightline.checkpoints import check_whole, load, replace_text, save, step_folder, whole, write_manifest
 from sightline.models import Decoder, DecoderConfig
 from sightline.tokenizers import Tokenizer
 
@@ -56,7 +57,7 @@ def test_what_is_saved_comes_back(tmp_path, preset, changes):
 
 
 def test_the_files_and_nothing_else(saved):
-    assert names(saved) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert names(saved) == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
     assert names(saved.parent) == [saved.name]
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     assert config.items() >= {"format": 1, "model": "decoder", "tokenizer": "characters", "d_model": 16}.items()
@@ -170,9 +171,57 @@ def test_replacing_a_text_that_cannot_be_written_keeps_the_old(tmp_path, monkeyp
     with pytest.raises(ValueError, match="No space left"):
         replace_text(file, "new")
     assert file.read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["file"]
 
 
 # --- Bad checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_hand(saved):
+    """A checkpoint without a manifest, whose files are believed as far as they make sense together."""
+    (saved / "manifest.json").unlink()
+    return saved
+
+
+def test_a_checkpoint_put_together_by_hand_needs_no_manifest(by_hand):
+    assert load(by_hand).config == decoder().config
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_byte_is_found_wherever_it_is(saved, name):
+    file = saved / name
+    content = file.read_bytes()
+    before = load(saved).state_dict()
+    generator = random.Random(name)
+    for at in {0, len(content) - 1, *(generator.randrange(len(content)) for _ in range(25))}:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            again = load(saved).state_dict()
+        except ValueError as error:
+            assert str(saved) in str(error) and (name in str(error) or name == "manifest.json")
+            assert "\n" not in str(error)
+        else:  # white space of the manifest, which says the same with another
+            assert name == "manifest.json" and chr(content[at]).isspace()
+            assert all(torch.equal(again[key], before[key]) for key in before)
+    file.write_bytes(content)
+    check_whole(saved)
+
+
+def test_a_file_that_a_person_changed_is_told_apart_from_nothing(saved):
+    change_config(saved, rotary_base=500.0)
+    with pytest.raises(ValueError, match=r"config.json is damaged: expected the sha256 .* remove manifest.json"):
+        load(saved)
+    write_manifest(saved)
+    assert load(saved).config.rotary_base == 500
+
+
+def test_a_manifest_of_something_else(saved):
+    (saved / "manifest.json").write_text('{"splits": []}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest.json to hold the sha256 of files, got None: it is damaged"):
+        load(saved)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -200,17 +249,17 @@ def test_pickles_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_truncated_weights(saved, keep):
-    file = saved / "model.safetensors"
+def test_truncated_weights(by_hand, keep):
+    file = by_hand / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"expected .*model.safetensors to be a whole safetensors file, but"):
-        load(saved)
+        load(by_hand)
 
 
-def test_foreign_weights(saved):
-    (saved / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
+def test_foreign_weights(by_hand):
+    (by_hand / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
     with pytest.raises(ValueError, match="to be a whole safetensors file"):
-        load(saved)
+        load(by_hand)
 
 
 def change_tensors(folder, change):
@@ -220,28 +269,28 @@ def change_tensors(folder, change):
     save_file(tensors, file)
 
 
-def test_a_missing_tensor(saved):
-    change_tensors(saved, lambda tensors: tensors.pop("norm.weight"))
+def test_a_missing_tensor(by_hand):
+    change_tensors(by_hand, lambda tensors: tensors.pop("norm.weight"))
     with pytest.raises(ValueError, match=r"to hold the tensor norm.weight, but it is missing"):
-        load(saved)
+        load(by_hand)
 
 
-def test_an_extra_tensor(saved):
-    change_tensors(saved, lambda tensors: tensors.update(more=torch.zeros(2)))
+def test_an_extra_tensor(by_hand):
+    change_tensors(by_hand, lambda tensors: tensors.update(more=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"expected no tensor more in .*model.safetensors"):
-        load(saved)
+        load(by_hand)
 
 
-def test_a_tensor_of_another_shape(saved):
-    change_tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}))
+def test_a_tensor_of_another_shape(by_hand):
+    change_tensors(by_hand, lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}))
     with pytest.raises(ValueError, match=r"norm.weight in .* the shape \(16,\) .* has \(3,\)"):
-        load(saved)
+        load(by_hand)
 
 
-def test_a_tensor_of_whole_numbers(saved):
-    change_tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.zeros(16, dtype=torch.int32)}))
+def test_a_tensor_of_whole_numbers(by_hand):
+    change_tensors(by_hand, lambda tensors: tensors.update({"norm.weight": torch.zeros(16, dtype=torch.int32)}))
     with pytest.raises(ValueError, match=r"norm.weight in .* to hold floats, but it holds torch.int32"):
-        load(saved)
+        load(by_hand)
 
 
 def change_config(folder, **changes):
@@ -267,36 +316,39 @@ def change_config(folder, **changes):
         ({"tokenizer": "words"}, r"tokens of the kind 'words' that config.json asks for, got \d+ of 'characters'"),
     ],
 )
-def test_a_bad_config(saved, changes, message):
-    change_config(saved, **changes)
+def test_a_bad_config(by_hand, changes, message):
+    change_config(by_hand, **changes)
     with pytest.raises(ValueError, match=message):
-        load(saved)
+        load(by_hand)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"{", "to be JSON, but"), (b"\xff\xfe", "to be JSON, but"), (b"[]", "a JSON object, but it holds a list")],
 )
-def test_a_config_that_is_no_json(saved, content, message):
-    (saved / "config.json").write_bytes(content)
+def test_a_config_that_is_no_json(by_hand, content, message):
+    (by_hand / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        load(saved)
+        load(by_hand)
 
 
-def test_a_damaged_tokenizer(saved):
-    (saved / "tokenizer.json").write_bytes(b'{"version": "1.0"')
+def test_a_damaged_tokenizer(by_hand):
+    (by_hand / "tokenizer.json").write_bytes(b'{"version": "1.0"')
     with pytest.raises(ValueError, match=r"tokenizer.json is damaged"):
-        load(saved)
+        load(by_hand)
 
 
-def test_the_tokenizer_of_another_model(saved):
+def test_the_tokenizer_of_another_model(by_hand):
     other = Tokenizer.train("characters", ["abc"])
-    other.save(saved / "tokenizer.json")
+    other.save(by_hand / "tokenizer.json")
     with pytest.raises(ValueError, match=r"to hold the \d+ tokens of .* that config.json asks for, got 4"):
-        load(saved)
+        load(by_hand)
 
 
-def test_errors_take_one_line(saved):
+@pytest.mark.parametrize("manifest", [True, False])
+def test_errors_take_one_line(saved, manifest):
+    if not manifest:
+        (saved / "manifest.json").unlink()
     for name in ("tokenizer.json", "model.safetensors", "config.json"):
         (saved / name).write_bytes(b"{")
         with pytest.raises(ValueError) as caught:
@@ -336,6 +388,26 @@ def test_a_run_opens_at_its_best(run):
 def test_a_bad_pointer(run, pointer, message):
     (run / "checkpoint.json").write_text(json.dumps(pointer), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
+        load(run)
+
+
+@pytest.mark.parametrize(("given", "good"), [("", "step-200"), ("step-100", "step-200"), ("step-200", "step-100")])
+def test_a_damaged_step_names_the_one_that_is_whole(run, given, good):
+    folder = run / (given or "step-100")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model.safetensors is damaged: .*; .*{good} is whole: give that"):
+        load(run / given)
+    (run / good / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"; copy it again, or, if you changed it yourself, remove manifest.json$"):
+        load(run / given)
+
+
+@pytest.mark.parametrize("text", ["{", '{"best": "step-300", "latest": "step-200"}'])
+def test_a_damaged_pointer_names_a_step_that_is_whole(run, text):
+    (run / "checkpoint.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"checkpoint.json .*; .*step-200 is whole: give that"):
         load(run)
 
 

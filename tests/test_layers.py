@@ -206,6 +206,7 @@ def test_dropout_falls_on_the_weights_in_training_only():
     layer.eval()
     plain = MultiHeadAttention(8, 2)
     plain.load_state_dict(layer.state_dict())
+    plain.eval()
     assert torch.equal(layer(x), plain(x))
 
 

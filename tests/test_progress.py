@@ -5,7 +5,7 @@ from rich.console import Console
 
 from sightline import progress
 from sightline.progress import TrainProgress
-from sightline.runs import Ended, Evaluated, Saved, Started, Stepped
+from sightline.runs import Ended, Evaluated, Saved, Started, Stepped, Warned
 
 STARTED = Started(
     step=0, resumed=False, steps=2000, minutes=3.0, parameters=5_000_000, train_tokens=120_000, valid_tokens=14_000,
@@ -65,3 +65,9 @@ def test_a_resumed_run_says_so():
     resumed = Started(**{**STARTED.__dict__, "step": 500, "resumed": True, "minutes": None})
     text = shown(200, terminal=False, events=[resumed])
     assert text.startswith("after step 500, going on with 5,000,000 parameters on 120,000 tokens for 2,000 steps (")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_warning_is_shown(terminal):
+    text = shown(200, terminal, events=[STARTED, Warned(step=9, message="the loss rises: do this", seconds=1.0), ENDED])
+    assert "warning: the loss rises: do this\n" in text

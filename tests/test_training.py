@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from sightline import loop, runs, schedule, trainer
 from sightline.batches import TokenFile, TokenizedCorpus
-from sightline.checkpoints import load
+from sightline.checkpoints import load, write_manifest
 from sightline.corpora import open_corpus
 from sightline.evaluation import evaluate, unigram
 from sightline.models import Decoder, DecoderConfig
-from sightline.runs import Ended, Evaluated, Saved, Started, Stepped
+from sightline.runs import Ended, Evaluated, Saved, Started, Stepped, Warned
 from sightline.tokenizers import Tokenizer
 from sightline.training import Diverged, Interrupted, TrainConfig, choose_tokenizer, fit, train
 
@@ -81,9 +82,9 @@ def test_a_run_learns_and_is_kept(tmp_path):
     best = load(result.out)
     assert evaluate(best, DATA.valid, batch=CONFIG.batch).loss == pytest.approx(result.best.loss, rel=1e-6)
     assert same_weights(load(result.out / "step-150"), model)
-    steps = {f"step-{result.best_step}", "step-150"}
+    steps = {f"step-{result.best_step}", "step-100", "step-150"}
     assert set(names(result.out)) == {"checkpoint.json", "log.jsonl", *steps}
-    files = ["config.json", "model.safetensors", "training.json", "training.safetensors"]
+    files = ["config.json", "manifest.json", "model.safetensors", "training.json", "training.safetensors"]
     assert names(result.out / "step-150") == files
 
 
@@ -334,6 +335,7 @@ def test_a_damaged_state_is_named(tmp_path, name, damage):
         ("data", "x", r"'data' in .*training.json to be dict, got 'x'"),
         ("config", [], r"'config' in .*training.json to be dict, got \[\]"),
         ("best_step", "2", r"'best_step' in .*training.json to be int \| None, got '2'"),
+        ("advice", {"a": 1}, r"training.json: expected advice of steps, mean, .*, got {'a': 1}"),
         ("start", {"a": 1}, r"'start' in .*training.json to hold bytes, loss, tokens, unknown, got {'a': 1}"),
     ],
 )
@@ -341,6 +343,7 @@ def test_a_foreign_state_is_named(tmp_path, key, value, message):
     fit(decoder(), DATA, tmp_path, replace(CONFIG, steps=2))
     file = tmp_path / "step-2" / "training.json"
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    write_manifest(file.parent)
     with pytest.raises(ValueError, match=message):
         fit(decoder(), DATA, tmp_path, CONFIG, resume=True)
 
@@ -352,6 +355,7 @@ def test_a_foreign_tensor_of_the_state_is_named(tmp_path, name, tensor):
     file = tmp_path / "step-2" / "training.safetensors"
     tensors = {**load_file(file), name: tensor}
     save_file({key: value for key, value in tensors.items() if value is not None}, file)
+    write_manifest(file.parent)
     with pytest.raises(ValueError, match=f"expected the training state {name} of shape"):
         fit(decoder(), DATA, tmp_path, CONFIG, resume=True)
 
@@ -415,6 +419,55 @@ def test_ids_beyond_the_vocabulary(tmp_path):
         fit(decoder(), data, tmp_path, CONFIG)
 
 
+# --- Advice ----------------------------------------------------------------------------------------------
+
+# Sixty tokens, and another text to validate: nothing but learning by heart is possible.
+SCARCE = TokenizedCorpus(train=token_file(60, 0), valid=token_file(300, 5))
+BY_HEART = replace(CONFIG, steps=200, evaluate_every=20, learning_rate=0.02)
+
+
+def warned(out):
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "warned"]
+
+
+def test_a_text_learned_by_heart_is_told_once(tmp_path):
+    events = []
+    fit(decoder(dropout=0.0), SCARCE, tmp_path, BY_HEART, listener=events.append)
+    size, turn = [event for event in events if isinstance(event, Warned)]
+    assert size.step == 0 and re.match("[0-9,]+ parameters are many for 60 tokens of text: ", size.message)
+    assert turn.message.startswith("the validation loss turns up, from ") and "--patience 3" in turn.message
+    assert [event["message"] for event in warned(tmp_path)] == [size.message, turn.message]
+    longer = replace(BY_HEART, steps=260)
+    fit(decoder(dropout=0.0), SCARCE, tmp_path, longer, resume=True, listener=events.append)
+    assert len([event for event in events if isinstance(event, Warned)]) == 2
+
+
+def test_advice_without_a_listener_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="parameters are many for 60 tokens of text"):
+        fit(decoder(), SCARCE, tmp_path, replace(BY_HEART, steps=40))
+
+
+def test_a_learning_rate_that_is_too_high_is_told(tmp_path):
+    events = []
+    config = replace(CONFIG, steps=300, evaluate_every=100, learning_rate=3.0, warmup=0.8, cooldown=0.0)
+    fit(decoder(dropout=0.0), DATA, tmp_path, config, listener=events.append)
+    (event,) = [event for event in events if isinstance(event, Warned)]
+    assert event.message.startswith("the training loss rises, from ")
+    assert event.message.endswith("stop with Ctrl-C and start again with a lower --learning-rate (now 3)")
+
+
+def test_a_loss_that_is_no_number_is_in_the_log(tmp_path, monkeypatch):
+    def gradients(self, original=trainer.Trainer._gradients):
+        loss, norm = original(self)
+        return loss * (float("nan") if self.step == 3 else 1), norm
+
+    monkeypatch.setattr(trainer.Trainer, "_gradients", gradients)
+    with pytest.raises(Diverged) as stopped:
+        fit(decoder(), DATA, tmp_path, CONFIG)
+    assert [event["message"] for event in warned(tmp_path)] == [str(stopped.value)]
+
+
 # --- Killed ------------------------------------------------------------------------------------------------
 
 PROGRAM = """
@@ -449,7 +502,7 @@ def check_after_kill(out, steps):
     result = fit(decoder(), DATA, out, replace(CONFIG, steps=more, evaluate_every=1), resume=True)
     assert result.steps == more
     assert [step for step, _ in losses(out)] == list(range(1, more + 1))
-    kept = {"checkpoint.json", "log.jsonl", f"step-{more}", f"step-{result.best_step}"}
+    kept = {"checkpoint.json", "log.jsonl", f"step-{more}", f"step-{more - 1}", f"step-{result.best_step}"}
     assert set(names(out)) == kept
 
 

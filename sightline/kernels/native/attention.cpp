@@ -257,7 +257,7 @@ Plan plan_of(const Call& call, const Kernels& kernels, bool seeing) {
     // A strip of 32 MB at most. Beyond L2 it costs less to write and read it than to read keys and values more often.
     constexpr int64_t kStripFloats = int64_t{1} << 23;
     plan.fold = 1;
-    int64_t most = std::clamp(kStripFloats / std::max<int64_t>(1, tiles * kTile), rows, 7 * rows);
+    int64_t most = std::clamp(kStripFloats / std::max<int64_t>(1, tiles * kTile), rows, std::max(7 * rows, 66 / rows * rows));
     plan.band_rows = most;
     if (call.map_block) plan.band_rows = std::max<int64_t>(1, most / call.map_block) * call.map_block;
     plan.band_rows = std::min(plan.band_rows, std::max<int64_t>(1, call.queries));
