@@ -13,6 +13,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from measure import Report, arguments, peak_bytes
@@ -84,7 +85,7 @@ def trained(kind: Kind, file: Path) -> Tokenizer:
 def speed(report: Report, file: Path, size: int, peer_size: int, rounds: int) -> None:
     report.say(
         f"\n## Speed\n\nMB a second: `tokenize` on {size // MB} MB, {cores()} processes; `encode_batch` of the same "
-        f"tokenizer on the first {peer_size / MB:.0f} MB, in the library's own threads. Best of {rounds}, in turns."
+        f"tokenizer on the first {peer_size / MB:.0f} MB, in the library's own threads. Medians of {rounds}, in turns."
     )
     report.table("kind", "tokenize", "tokenizers alone", "ratio")
     for kind in KINDS:
@@ -93,7 +94,7 @@ def speed(report: Report, file: Path, size: int, peer_size: int, rounds: int) ->
         for _ in range(rounds):
             ours.append(our_seconds(file, tokenizer))
             peers.append(peer_seconds(file, tokenizer, peer_size))
-        our_speed, peer_speed = size / MB / min(ours), peer_size / MB / min(peers)
+        our_speed, peer_speed = size / MB / median(ours), peer_size / MB / median(peers)
         report.row(kind, f"{our_speed:.1f}", f"{peer_speed:.2f}", f"{our_speed / peer_speed:.1f}")
 
 

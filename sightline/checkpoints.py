@@ -164,7 +164,8 @@ def load(folder: str | Path) -> Decoder:
         try:
             check_whole(folder)
         except ValueError as error:
-            raise _with_a_whole_step(error, folder.parent) from None
+            otherwise = f"copy it again, or, if you changed it yourself, remove {MANIFEST}"
+            raise _with_a_whole_step(error, folder.parent, otherwise) from None
     config, tokenizer = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers that are thrown away
         model = Decoder(config)
@@ -189,7 +190,7 @@ def check_whole(folder: Path) -> None:
         if found != expected:
             raise ValueError(
                 f"{folder / name} is damaged: expected the sha256 {str(expected)[:12]}... of {MANIFEST}, got "
-                f"{found[:12]}...; copy it again, or, if you changed it yourself, remove {MANIFEST}"
+                f"{found[:12]}..."
             )
 
 
@@ -202,9 +203,9 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _with_a_whole_step(error: ValueError, out: Path) -> ValueError:
+def _with_a_whole_step(error: ValueError, out: Path, otherwise: str) -> ValueError:
     whole_step = next(filter(is_whole, steps(out)), None)
-    return error if whole_step is None else ValueError(f"{error}; {whole_step} is whole: give that")
+    return ValueError(f"{error}; {otherwise if whole_step is None else f'{whole_step} is whole: give that'}")
 
 
 def steps(out: Path) -> list[Path]:
@@ -313,7 +314,7 @@ def step_folder(folder: str | Path) -> Path:
     try:
         return folder / read_pointer(folder)["best"]
     except ValueError as error:
-        raise _with_a_whole_step(error, folder) from None
+        raise _with_a_whole_step(error, folder, "name one of its steps") from None
 
 
 def read_pointer(out: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "moats.h"
 #include "problem.h"
 
 namespace sightline {
@@ -81,6 +82,7 @@ class Arena {
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
     }
+    dig_moat(data_, count, (int64_t)(size_ / sizeof(float)));
     return data_;
   }
   void trim() {
@@ -425,7 +427,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_bias = to_bias ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}) : empty({0});
   Tensor grad_slopes = empty({to_slopes ? call.heads : 0});
   if (to_bias) {
-    std::memset(grad_bias.mutable_data_ptr(), 0, sizeof(float) * (size_t)grad_bias.numel());
+    if (grad_bias.numel())  // no memory at all may be cleared of no floats
+      std::memset(grad_bias.mutable_data_ptr(), 0, sizeof(float) * (size_t)grad_bias.numel());
     call.grad_bias = broadcast(grad_bias);
   }
   // Units that would add to the same numbers of the bias's gradient are one unit, and their turns have an order.

@@ -2,6 +2,7 @@
 // row facts fall out: they need what is in registers anyway. The output's arithmetic is the same with and without.
 #pragma once
 
+#include "moats.h"
 #include "packing.h"
 
 namespace sightline {
@@ -15,7 +16,9 @@ struct Scratch {
   int64_t used = 0;
   float* floats(int64_t n) {
     float* start = at ? at + used : nullptr;
-    used += round_up(n, 16);
+    int64_t all = round_up(n, 16) + kMoat;
+    used += all;
+    if (at) dig_moat(start, n, all);
     return start;
   }
   int64_t* indices(int64_t n) { return (int64_t*)floats(2 * n); }
