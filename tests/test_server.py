@@ -348,7 +348,13 @@ def test_ctrl_c_ends_look_at_once(tmp_path):
     folder = save_capture(structured(), tmp_path / "seen")
     command = [sys.executable, "-m", "sightline", "look", "--capture", str(folder), "--no-open"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        # A shell's background job, as these tests may be, ignores Ctrl-C, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     line = process.stdout.readline()
     line = process.stdout.readline() if line.startswith("port ") else line
