@@ -257,14 +257,10 @@ def charts(found: dict[str, dict[int, tuple[float, float]]], machine: str) -> No
         for side, points in found.items():
             numbers = [values[column] for values in points.values()]
             axes.loglog(list(points), numbers, "o-", color=colours[side], markersize=4, label=side)
-            axes.annotate(
-                side, (list(points)[-1], numbers[-1]), xytext=(6, 0), textcoords="offset points", va="center",
-                color=colours[side], fontsize=9,
-            )  # fmt: skip
         lengths = sorted({length for points in found.values() for length in points})
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
-        axes.set_xlim(lengths[0] * 0.85, lengths[-1] * 3.2)
+        axes.legend(frameon=False, fontsize=9)
         axes.set_xlabel("tokens")
         axes.set_ylabel(unit)
         axes.spines[["top", "right"]].set_visible(False)
