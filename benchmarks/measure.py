@@ -8,20 +8,9 @@ from pathlib import Path
 import torch
 
 import sightline
+from sightline.looking import peak_bytes as peak_bytes  # the benchmarks take it from here
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
-        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource  # not on Windows, where only this measurement is missing
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def processor() -> str:

@@ -191,7 +191,7 @@ def _work_folder(cache: Path, name: str) -> Iterator[Path]:
         with _into(cache):
             work.mkdir(exist_ok=True)
         yield work
-    except Exception:
+    except Exception:  # whatever failed, half a work folder is not gone on with; a kill, which is, comes past here
         shutil.rmtree(work, ignore_errors=True)
         raise
     finally:
