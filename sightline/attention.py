@@ -17,8 +17,8 @@ from sightline.shapes import ShapeError, shaped
 
 Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
 
-SMALL_PRODUCT = 2**23
-"""Up to this many multiply-adds for all scores, PyTorch's SDPA is as fast in float32 and costs less to call."""
+SMALL_PRODUCT = 2**18
+"""Up to this many multiply-adds for all scores, PyTorch's SDPA costs less to call in float32, if it needs no mask."""
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
@@ -215,9 +215,10 @@ def choose(
         return _asked_for(implementation, observing, plain=softcap is None and sinks is None)
     queries, keys = query.shape[-2], key.shape[-2]
     plain, few = softcap is None and sinks is None, queries * keys <= DENSE_SCORES
-    light = plain and few and query.dtype == torch.float32 and query.numel() * keys <= SMALL_PRODUCT
+    unmasked = mask.is_empty or _is_square_causal(mask, queries, keys)
+    light = plain and unmasked and query.dtype == torch.float32 and query.numel() * keys <= SMALL_PRODUCT
     if implementation == "auto" and light and not observing:
-        return Choice("sdpa", "as fast as any for so few scores, and costs least to call")
+        return Choice("sdpa", "costs least to call for so few scores")
     refusal = cpu.refusal(query, value, _numbers(mask), dropout=dropout)
     if implementation == "cpu":
         if refusal:
@@ -235,9 +236,8 @@ def choose(
         return Choice("tiled", "SDPA would hold all weights: dropout, or values of another width than keys")
     if mask.bias is not None and mask.bias.requires_grad:
         return Choice("tiled", "SDPA would hold all weights: the bias takes a gradient")
-    square = _is_square_causal(mask, queries, keys)
     given = any(t is not None and t.numel() >= queries * keys for t in (mask.allowed, mask.bias))
-    if not mask.is_positional or square or given:
+    if not mask.is_positional or unmasked or given:
         return Choice("sdpa", "the fastest here, in O(N) memory beside what was given")
     return Choice("tiled", f"SDPA would need the mask as {queries} x {keys} numbers")
 
