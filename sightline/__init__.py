@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sightline.positions import Rotary as Rotary
     from sightline.positions import Sinusoidal as Sinusoidal
     from sightline.positions import sinusoidal as sinusoidal
+    from sightline.recording import Recorder as Recorder
+    from sightline.recording import record as record
     from sightline.store import load_capture as load_capture
     from sightline.store import save_capture as save_capture
     from sightline.tokenizers import Tokenizer as Tokenizer
@@ -54,6 +56,7 @@ _LATER = {
     "Evaluation": "evaluation",
     "Learned": "positions",
     "MultiHeadAttention": "layers",
+    "Recorder": "recording",
     "Rotary": "positions",
     "SampleConfig": "generation",
     "SelfAttention": "layers",
@@ -70,6 +73,7 @@ _LATER = {
     "plot_heads": "viewer.plots",
     "plot_positions": "viewer.plots",
     "plot_weights": "viewer.plots",
+    "record": "recording",
     "save": "checkpoints",
     "save_capture": "store",
     "serve": "viewer.server",

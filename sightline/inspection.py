@@ -3,30 +3,21 @@
 Between the model and whatever draws it. Knows nothing of browsers and figures.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sightline.attention import observe
-from sightline.captures import AXES, Capture
+from sightline.captures import Capture
 from sightline.layers import MultiHeadAttention
-from sightline.masks import Mask
 from sightline.models import Decoder, evaluating
-from sightline.observation import Observation
-from sightline.store import Store, load_capture, new_folder, write_description
+from sightline.recording import record
+from sightline.store import load_capture, new_folder, write_description
 
 if TYPE_CHECKING:
     from sightline.tokenizers import Tokenizer
-
-SINK_KEYS = 4
-"""How many first keys count as the sink."""
-LEAST_BLOCK = 64
-MOST_BLOCKS = 1024
-"""Along the longer side of the pooled map, unless its blocks are given."""
 
 
 @torch.no_grad()
@@ -59,121 +50,29 @@ def capture(
     >>> seen.layers, tuple(seen.entropy.shape)
     ((1,), (1, 4, 5))
     """
-    for option, number in (("top", top), ("map_block", map_block)):
-        if number is not None and number < 1:
-            raise ValueError(f"capture: {option} must be 1 or more, got {number}")
     modules = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
     chosen = _chosen(layers, len(modules))
     ids = _ids(model, text_or_tokens)
     if prompt is not None and not 0 <= prompt <= len(ids):
         raise ValueError(f"capture: prompt must be from 0 to the {len(ids)} tokens there are, got {prompt}")
-    map_block = map_block or _block(len(ids))
 
-    def record(file: Path | None) -> Capture:
-        recorder = _Recorder(len(chosen), file, top=top, map_block=map_block)
-        with evaluating(model), _observed([modules[layer] for layer in chosen], recorder):
+    def seen(file: Path | None) -> Capture:
+        watched = [modules[layer] for layer in chosen]
+        with evaluating(model), record(watched, chosen, top=top, map_block=map_block, file=file) as recorder:
             model.features(torch.tensor([ids], device=model.embedding.weight.device))
-        tokens = _texts(model.tokenizer, ids)
-        words = model.tokenizer is None or model.tokenizer.kind == "words"
-        return Capture(
+        return recorder.capture(
+            texts(model.tokenizer, ids),
             model=_description(model),
-            query_tokens=tokens,
-            key_tokens=tokens,
-            ids=tuple(ids),
-            separator=" " if words else "",
+            ids=ids,
+            separator=" " if model.tokenizer is None or model.tokenizer.kind == "words" else "",
             prompt=prompt,
-            layers=chosen,
-            sink_keys=SINK_KEYS,
-            map_block=map_block,
-            **recorder.facts(),
         )
 
     if folder is None:
-        return record(None)
+        return seen(None)
     with new_folder(folder) as temporary:
-        write_description(record(temporary / "tensors.safetensors"), temporary)
+        write_description(seen(temporary / "tensors.safetensors"), temporary)
     return load_capture(folder)
-
-
-def _block(tokens: int) -> int:
-    block = LEAST_BLOCK
-    while block * MOST_BLOCKS < tokens:
-        block *= 2
-    return block
-
-
-class _Recorder:
-    """Takes the place of `attention()` in some layers, and copies what each saw into one store."""
-
-    def __init__(self, layers: int, file: Path | None, *, top: int, map_block: int) -> None:
-        self.layers, self.file, self.top, self.map_block = layers, file, top, map_block
-        self.store: Store | None = None
-        self.masks: list[Mask] = []
-        self.scales: list[float] = []
-        self.softcaps: list[float | None] = []
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Mask | Tensor | None,
-        *,
-        scale: float | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        seen = observe(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            top=self.top,
-            map_block=self.map_block,
-            sink_keys=SINK_KEYS,
-        )
-        self._keep(seen)
-        return seen.output
-
-    def _keep(self, seen: Observation) -> None:
-        """One layer, of the only sequence there is; layers come in their order."""
-        tensors = {"queries": seen.query, "keys": seen.key, "map_sum": seen.map.sum, "map_max": seen.map.max}
-        tensors |= {name: getattr(seen, name) for name in AXES if name not in tensors}
-        if self.store is None:
-            shapes = {name: (tensor.dtype, (self.layers, *tensor.shape[1:])) for name, tensor in tensors.items()}
-            shapes["top_keys"] = (torch.int32, shapes["top_keys"][1])
-            self.store = Store(shapes, self.file)
-        for name, tensor in tensors.items():
-            self.store.tensors[name][len(self.masks)].copy_(tensor[0])
-        self.store.release()
-        self.masks.append(_on_cpu(seen.mask))
-        self.scales.append(seen.scale)
-        self.softcaps.append(seen.softcap)
-
-    def facts(self) -> dict[str, Any]:
-        """What a `Capture` is made of beside the text."""
-        assert self.store is not None and len(self.masks) == self.layers, f"{len(self.masks)} calls in one pass"
-        return {
-            "masks": tuple(self.masks),
-            "scales": tuple(self.scales),
-            "softcaps": tuple(self.softcaps),
-            **self.store.tensors,
-        }
-
-
-@contextmanager
-def _observed(modules: Sequence[MultiHeadAttention], recorder: _Recorder) -> Iterator[None]:
-    before = [module.observer for module in modules]
-    try:
-        for module in modules:
-            module.observer = recorder
-        yield
-    finally:
-        for module, observer in zip(modules, before, strict=True):
-            module.observer = observer
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -227,7 +126,7 @@ def _listed_ids(tokens: Sequence[int] | Tensor) -> list[int]:
     return tokens.flatten().tolist()
 
 
-def _texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]:
+def texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]:
     """Each token as it stands in the text; a token that is no whole character as its bytes."""
     if tokenizer is None:
         return tuple(map(str, ids))
@@ -241,8 +140,3 @@ def _texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]
 def _description(model: Decoder) -> str:
     config = model.config
     return f"Decoder, {config.num_layers} x {config.num_heads} heads, d_model {config.d_model}"
-
-
-def _on_cpu(mask: Mask) -> Mask:
-    tensors = {name: value.detach().cpu() for name, value in vars(mask).items() if isinstance(value, Tensor)}
-    return Mask(before=mask.before, after=mask.after, **tensors)

@@ -81,7 +81,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 class Store:
-    """Room for tensors: in memory, or in a safetensors file that is mapped into memory."""
+    """Room for tensors, all 0: in memory, or in a safetensors file that is mapped into memory."""
 
     def __init__(self, shapes: Shapes, file: Path | None = None) -> None:
         """Without a file, more than `MEMORY` bytes go to a temporary one, which ends with the last tensor in it."""
@@ -89,7 +89,7 @@ class Store:
         shapes = dict(sorted(shapes.items(), key=lambda item: -item[1][0].itemsize))
         self._map: mmap.mmap | None = None
         if file is None and sum(map(_size, shapes.values())) <= MEMORY:
-            self.tensors = {name: torch.empty(tuple(shape), dtype=dtype) for name, (dtype, shape) in shapes.items()}
+            self.tensors = {name: torch.zeros(tuple(shape), dtype=dtype) for name, (dtype, shape) in shapes.items()}
             return
         head, offsets = _header(shapes)
         with tempfile.TemporaryFile() if file is None else file.open("w+b") as opened:

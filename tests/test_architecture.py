@@ -26,6 +26,8 @@ ROWS = [
     {"viewer.manifest"},
     {"pyramid"},
     {"inspection", "schedule"},
+    {"recording"},
+    {"sequences"},
     {"store"},
     {"captures"},
     {"checkpoints"},
