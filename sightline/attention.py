@@ -92,7 +92,7 @@ def attention(
     queries, keys = query.shape[-2], key.shape[-2]
     options = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
     if name == "cpu":
-        output = cpu.attention(query, key, value, _numbers(recipe), scale=number, softcap=softcap, sinks=sinks)
+        output = cpu.attention(query, key, value, _numbers(recipe), scale=number, **options)
     elif name == "tiled":
         with torch.autocast(query.device.type, enabled=False):
             output = tiled.attention(query, key, value, *_lazily(recipe, query, key), scale=number, **options)
@@ -216,10 +216,12 @@ def choose(
     queries, keys = query.shape[-2], key.shape[-2]
     plain, few = softcap is None and sinks is None, queries * keys <= DENSE_SCORES
     unmasked = mask.is_empty or _is_square_causal(mask, queries, keys)
-    light = plain and unmasked and query.dtype == torch.float32 and query.numel() * keys <= SMALL_PRODUCT
+    light = (
+        plain and unmasked and not dropout and query.dtype == torch.float32 and query.numel() * keys <= SMALL_PRODUCT
+    )
     if implementation == "auto" and light and not observing:
         return Choice("sdpa", "costs least to call for so few scores")
-    refusal = cpu.refusal(query, value, _numbers(mask), dropout=dropout)
+    refusal = cpu.refusal(query, value)
     if implementation == "cpu":
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")

@@ -35,8 +35,8 @@ class Diagnosis:
 def doctor() -> Diagnosis:
     """Look at the machine, and ask `auto` about typical calls.
 
-    >>> doctor().choices["attention, 32,768 tokens, dropout"].implementation
-    'tiled'
+    >>> "attention, 32,768 tokens, dropout" in doctor().choices
+    True
     """
     return Diagnosis(machine=_machine(), choices=_choices())
 

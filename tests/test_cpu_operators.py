@@ -162,7 +162,7 @@ def test_a_bad_call_ends_before_native_code(call, case, options, message, monkey
 
 def test_it_refuses_other_devices():
     query = torch.empty(1, 1, 2, 8, device="meta")
-    assert "it runs on the CPU, and query is on meta" in cpu.refusal(query, query, cpu.Masks(), dropout=0)
+    assert "it runs on the CPU, and query is on meta" in cpu.refusal(query, query)
 
 
 @pytest.mark.parametrize("option", ["top", "map_block", "sink_keys"])

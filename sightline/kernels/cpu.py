@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("forward", "backward", "observe", "pool")
+LAST_ARGUMENT = "seed"
+"""Of the backward, which is the one to grow when the operators do: tells a library of older sources."""
 HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
 
 
@@ -42,7 +44,8 @@ def _load() -> tuple[Any, str]:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return None, f"the native kernel does not load ({error}); {HOW_TO_GET_IT}"
-    if not all(hasattr(torch.ops.sightline, name) for name in OPERATORS):
+    found = [hasattr(torch.ops.sightline, name) for name in OPERATORS]
+    if not all(found) or torch.ops.sightline.backward.default._schema.arguments[-1].name != LAST_ARGUMENT:
         return None, f"the native kernel was built from older sources; {HOW_TO_GET_IT}"
     library = ctypes.CDLL(str(LIBRARY))
     library.sightline_instructions.restype = ctypes.c_char_p
@@ -90,7 +93,7 @@ def probe(rounds: int, threads: int, *, dot: bool = False) -> int:
     return _library.sightline_probe(rounds, threads, dot)
 
 
-def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> str:
+def refusal(query: Tensor, value: Tensor) -> str:
     """Why the kernel cannot compute a call, and what would help; empty where it can."""
     if query.device.type != "cpu":
         return f"it runs on the CPU, and query is on {query.device}"
@@ -98,8 +101,6 @@ def refusal(query: Tensor, value: Tensor, masks: Masks, *, dropout: float) -> st
         return f"it takes float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
     if MISSING:
         return MISSING
-    if dropout:
-        return "it has no dropout"
     if not query.shape[-1] or not value.shape[-1]:
         return "it needs a width of at least 1"
     return ""
@@ -114,12 +115,15 @@ def attention(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """query (batch heads queries width), key and value (batch groups keys width or value_width).
 
-    In memory the output is (batch queries heads value_width): joining heads after it copies nothing.
+    In memory the output is (batch queries heads value_width): joining heads after it copies nothing. What `dropout`
+    drops is a hash of a number drawn from torch's generator and of each weight's place; no mask is kept.
     """
-    arguments = _arguments(query, key, value, masks, scale, softcap, sinks)
+    seed = torch.randint(2**63 - 1, ()) if dropout else None
+    arguments = *_arguments(query, key, value, masks, scale, softcap, sinks), dropout, seed
     if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
         return cast(Tensor, _Attention.apply(None, *arguments))
     return torch.ops.sightline.forward.default(*arguments)[0]
@@ -146,7 +150,7 @@ def observe(
             *arguments, top, received, map_block, sink_keys
         )
     if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
-        output = cast(Tensor, _Attention.apply((output, logsumexp), *arguments))
+        output = cast(Tensor, _Attention.apply((output, logsumexp), *arguments, 0.0, None))
     facts = {"output": output, "logsumexp": logsumexp, "entropy": entropy, "distance": distance, "sink": sink}
     names = ("top_weights", "top_keys", "received", "map_sum", "map_max")
     wanted = (top, top, received, map_block, map_block)
@@ -196,26 +200,27 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, seen: tuple[Tensor, Tensor] | None, *arguments: Any) -> Tensor:
         output, logsumexp = seen or torch.ops.sightline.forward.default(*arguments)
-        ctx.save_for_backward(output, logsumexp, *arguments[:8])
-        ctx.numbers = arguments[8:]
+        *tensors, before, after, scale, softcap, ctx.dropout, seed = arguments
+        ctx.save_for_backward(output, logsumexp, seed, *tensors)
+        ctx.numbers = before, after, scale, softcap
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors
+        output, logsumexp, seed, *tensors = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         to_bias, to_slopes, to_sinks = ctx.needs_input_grad[6:9]
         *by_input, row_sums, by_bias, by_slope = torch.ops.sightline.backward.default(
-            grad, *saved, *ctx.numbers, to_bias, to_slopes
+            grad, output, logsumexp, *tensors, *ctx.numbers, to_bias, to_slopes, ctx.dropout, seed
         )
-        logsumexp, sinks, by_sink = saved[1], saved[9], None
+        sinks, by_sink = tensors[7], None
         if to_sinks:
             # A sink has no value: its gradient is its weight times (0 - grad_output . output), over all rows.
             weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
             by_sink = -(weights * row_sums).sum(dim=(0, 2))
         by_mask = (by_bias if to_bias else None, by_slope if to_slopes else None)
-        return None, *by_input, None, None, *by_mask, by_sink, None, None, None, None
+        return None, *by_input, None, None, *by_mask, by_sink, None, None, None, None, None, None
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -263,7 +268,8 @@ if _library is not None:
     def _(
         grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        _, _, bias, slopes, *_, to_bias, to_slopes = rest
+        bias, slopes = rest[2:4]
+        to_bias, to_slopes = rest[9:11]
         none = logsumexp.new_empty(0)
         by_input = (_empty_output(t, t) for t in (query, key, value))
         by_mask = (bias.clone() if to_bias else none, slopes.clone() if to_slopes else none)

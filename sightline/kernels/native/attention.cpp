@@ -116,8 +116,10 @@ void run_forward(const Call& call, bool seeing) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths,
                                    const Maybe& allowed, const Maybe& bias, const Maybe& slopes, const Maybe& sinks,
-                                   int64_t before, int64_t after, double scale, double softcap) {
-  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+                                   int64_t before, int64_t after, double scale, double softcap, double dropout,
+                                   const Maybe& seed) {
+  Call call = call_of(
+      {query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap, dropout, seed});
   Tensor output = empty_rows(call.batch, call.heads, call.queries, call.value_width, query.scalar_type());
   Tensor logsumexp = empty({call.batch, call.heads, call.queries});
   call.output = strided(output), call.logsumexp = floats(logsumexp);
@@ -177,8 +179,10 @@ std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Te
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
     const Tensor& value, const Maybe& lengths, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
-    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap, bool to_bias, bool to_slopes) {
-  Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap, bool to_bias, bool to_slopes,
+    double dropout, const Maybe& seed) {
+  Call call = call_of(
+      {query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap, dropout, seed});
   for (const Tensor* rows : {&grad_output, &output})
     STD_TORCH_CHECK(rows->is_cpu() && rows->dim() == 4 && rows->scalar_type() == query.scalar_type() &&
                         rows->size(0) == call.batch && rows->size(1) == call.heads && rows->size(2) == call.queries &&
@@ -249,7 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
-      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap) -> (Tensor, Tensor)");
+      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, float dropout=0.0, "
+      "Tensor? seed=None) -> (Tensor, Tensor)");
   library.def(
       "observe(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
       "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, int top, bool received, "
@@ -262,7 +267,7 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
       "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
-      "float scale, float softcap, bool to_bias, bool to_slopes) -> "
+      "float scale, float softcap, bool to_bias, bool to_slopes, float dropout=0.0, Tensor? seed=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

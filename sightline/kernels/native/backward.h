@@ -4,6 +4,8 @@
 //   grad_value += weights' @ grad_output        grad_score = weights * (grad_output @ value' - D)
 //   grad_key   += grad_score' @ query * scale   grad_query += grad_score @ key * scale
 //
+// With dropout the weights of the first line, and the product in the second, are times 0 or 1 / (1 - dropout).
+//
 // A unit owns a share of a group's tiles, so the gradients of keys and values need nothing of other units; what it
 // gives to the queries is kept apart and added in the order of shares: the same bits for any number of threads.
 #pragma once
@@ -147,10 +149,17 @@ static void differentiate_row(const Call& call, int64_t batch, const Row& row, i
       store(cap + k, fnma(slope, slope, splat(1.0f)));
     }
   if (shapes_scores(call)) shape_row(call, batch, row, first, start, stop, weights);
+  Place place = call.dropped ? place_of(call, batch, row) : Place{};
   for (int64_t k = left; k < right; k += kLanes) {
-    V p = exp(sub(load(weights + k), splat(logsumexp)));
-    store(weights + k, p);
-    store(grads + k, mul(p, sub(load(grads + k), splat(row_sum))));
+    V p = exp(sub(load(weights + k), splat(logsumexp))), grad = load(grads + k);
+    if (call.dropped) {
+      V factor = kept(call, place, first + k);
+      store(weights + k, mul(p, factor));
+      grad = mul(grad, factor);
+    } else {
+      store(weights + k, p);
+    }
+    store(grads + k, mul(p, sub(grad, splat(row_sum))));
   }
   for (int64_t k = left; k < start; ++k) weights[k] = grads[k] = 0;
   for (int64_t k = stop; k < right; ++k) weights[k] = grads[k] = 0;

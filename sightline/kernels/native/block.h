@@ -3,6 +3,7 @@
 #pragma once
 
 #include "direct.h"
+#include "dropout.h"
 #include "microkernel.h"
 #include "softmax.h"
 
@@ -175,6 +176,9 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     Sums sums = exponentiate<kSeeing, kFrom == From::pairs>(scores + r * kTile, left, right, shift,
                                                             (float)(row[r].position - first), rounded + r * kTile);
     join<kSeeing>(state, i, was[r], now[r], factor[r], sums);
+    if (!kSeeing && call.dropped)
+      drop<kFrom == From::pairs>(call, block.batch, row[r], first, left, right, scores + r * kTile,
+                                 rounded + r * kTile);
     if constexpr (kSeeing) {
       float sink = 0;
       for (int64_t k = left; k < least(right, call.sink_keys - first); ++k) sink += scores[r * kTile + k];

@@ -34,6 +34,9 @@ struct Call {
   Strided bias;            // float
   const float* slopes;     // (heads)
   const float* sinks;      // (heads)
+  uint64_t seed;           // of dropout
+  uint32_t dropped;        // a weight whose hash is below this is dropped; 0: none is
+  float kept;              // what the others are multiplied with
 
   Strided output;    // (batch heads queries value_width), columns stand together
   float* logsumexp;  // (batch heads queries), as are the next three

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 
@@ -56,7 +57,9 @@ struct Inputs {
   const Tensor &query, &key, &value;
   const Maybe &lengths, &allowed, &bias, &slopes, &sinks;
   int64_t before, after;
-  double scale, softcap;
+  double scale, softcap, dropout = 0;
+  const Maybe& seed = none;
+  static inline const Maybe none;
 };
 
 inline Call call_of(const Inputs& in) {
@@ -104,6 +107,14 @@ inline Call call_of(const Inputs& in) {
   if (in.lengths) call.lengths = (const int64_t*)in.lengths->data_ptr();
   if (in.slopes) call.slopes = floats(*in.slopes);
   if (in.sinks) call.sinks = floats(*in.sinks);
+  STD_TORCH_CHECK(in.dropout >= 0 && in.dropout < 1, "sightline: dropout must be at least 0 and below 1");
+  if (in.dropout > 0) {
+    STD_TORCH_CHECK(in.seed && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1,
+                    "sightline: dropout needs a seed, one int64");
+    call.seed = (uint64_t) * (const int64_t*)in.seed->data_ptr();
+    call.dropped = (uint32_t)std::min(in.dropout * 4294967296.0, 4294967295.0);
+    call.kept = (float)(1 / (1 - in.dropout));
+  }
   return call;
 }
 
