@@ -27,7 +27,7 @@ TURN = 50
 SHAPE = {"context": 64, "d_model": 128, "num_layers": 4, "num_heads": 4}
 # nanoGPT's block in our words; the preset `modern` is measured beside it.
 GPT2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "query_key_norm": False}
-CONFIG = TrainConfig(steps=2000, batch=12, learning_rate=1e-3, warmup=0.05, cooldown=0.5, precision="float32")
+CONFIG = TrainConfig(steps=2000, batch=12, optimizer="adamw", learning_rate=1e-3, precision="float32")
 
 
 def ours(data: TokenizedCorpus, shape: dict):

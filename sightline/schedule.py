@@ -13,6 +13,7 @@ import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+OptimizerName = Literal["muon", "adamw"]
 
 DEFAULT_STEPS = 2000
 
@@ -27,8 +28,14 @@ class TrainConfig:
     """Time limit with every evaluation included, summed over resumed sessions. None: no limit."""
     batch: int = 16
     """Windows of text in one step."""
-    learning_rate: float = 2e-3
+    optimizer: OptimizerName = "muon"
+    """muon: Muon for the matrices inside the blocks, AdamW for all else; adamw: AdamW for everything."""
+    learning_rate: float = 5e-3
     """Highest learning rate of AdamW."""
+    matrix_rate: float = 0.02
+    """Highest learning rate of Muon; it rises and falls with AdamW's. Without effect on adamw."""
+    momentum: float = 0.95
+    """Muon's decay rate of the running mean of the gradient. Without effect on adamw."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises from 0."""
     cooldown: float = 0.5
@@ -53,14 +60,18 @@ class TrainConfig:
     """auto: cuda where there is one, else cpu."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("precision", get_args(Precision)), ("device", get_args(Device))):
+        for name, choices in (
+            ("precision", get_args(Precision)),
+            ("device", get_args(Device)),
+            ("optimizer", get_args(OptimizerName)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("steps", "batch", "evaluate_every", "evaluate_batches", "patience"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"expected a whole number of {name} of at least 1, got {value}")
-        for name in ("minutes", "learning_rate", "clip"):
+        for name in ("minutes", "learning_rate", "matrix_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"expected {name} above 0, got {value}")
@@ -73,6 +84,11 @@ class TrainConfig:
                 "expected shares warmup and cooldown of at least 0 that sum to at most 1, "
                 f"got {self.warmup} and {self.cooldown}"
             )
+        for name in ("matrix_rate", "momentum") if self.optimizer == "adamw" else ():
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise ValueError(f"{name} has no effect with the optimizer adamw: drop it, or take muon")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"expected momentum of at least 0 and under 1, got {self.momentum}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected two betas of at least 0 and under 1, got {self.betas}")
 

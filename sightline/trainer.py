@@ -1,4 +1,4 @@
-"""The moving parts of training: weights, optimiser, random state; one step, one evaluation, all of it saved.
+"""The moving parts of training: weights, optimisers, random state; one step, one evaluation, all of it saved.
 
 Knows nothing about schedules, folders, logs and listeners.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sightline.batches import TokenFile, TokenizedCorpus, batch
 from sightline.evaluation import Evaluation, evaluate
 from sightline.models import Decoder
+from sightline.optimizers import Optimizers, stored
 from sightline.schedule import TrainConfig, autocast, choose_precision
 
 # On an accelerator, looking at a loss waits for the device: look at this many steps at a time.
@@ -51,7 +52,7 @@ class Trainer:
         self.valid_tokens = _checked(data.valid, "validation", 2, vocabulary)
         self.device = next(model.parameters()).device
         self.precision = choose_precision(config.precision, self.device)
-        self.optimizer = _optimizer(model, config)
+        self.optimizers = Optimizers(model, config)
         self.step = 0
         self.trained_tokens, self.trained_seconds = 0, 0.0
         self._unseen: list[tuple[int, float, Tensor]] = []
@@ -71,12 +72,10 @@ class Trainer:
             Diverged: a loss or a gradient is not finite.
         """
         began = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss, norm = self._gradients()
         self._unseen.append((self.step + 1, rate, torch.stack([loss.detach(), norm])))
         seen = self.seen() if len(self._unseen) >= self._look_every else []
-        self.optimizer.step()
+        self.optimizers.step(rate)
         self.step += 1
         self.trained_tokens += self.config.batch * self.context
         self.trained_seconds += time.perf_counter() - began
@@ -91,7 +90,7 @@ class Trainer:
         inputs, targets = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
         with autocast(self.device, self.precision):
             loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
-        self.optimizer.zero_grad()
+        self.optimizers.zero_grad()
         loss.backward()
         return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
 
@@ -138,12 +137,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors as `parameter.exp_avg` and the like, and the random state."""
-        tensors = {
-            f"{name}.{key}": value.contiguous()
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        """The optimisers' tensors as `parameter.exp_avg` and the like, and the random state."""
+        tensors = self.optimizers.state()
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -157,11 +152,8 @@ class Trainer:
         Raises:
             ValueError: the state is another model's.
         """
-        for name, parameter in self.model.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                like = parameter if key != "step" else torch.tensor(0.0)
-                self.optimizer.state[parameter][key] = _stored(tensors, f"{name}.{key}", like).to(self.device)
-        torch.set_rng_state(_stored(tensors, "random.cpu", torch.get_rng_state()))
+        self.optimizers.restore(tensors)
+        torch.set_rng_state(stored(tensors, "random.cpu", torch.get_rng_state()))
         # A run that moves to another kind of device goes on with that device's seeded state.
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
@@ -172,26 +164,6 @@ class Trainer:
     def fingerprint(self) -> dict[str, str]:
         """The sha256 of the ids of each split: what a resumed run must find again."""
         return {"train": _hash(self.train_tokens.ids), "valid": _hash(self.valid_tokens.ids)}
-
-
-def _stored(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    value = tensors.get(name)
-    if value is None or (value.shape, value.dtype) != (like.shape, like.dtype):
-        came = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
-        raise ValueError(
-            f"expected the training state {name} of shape {tuple(like.shape)} and {like.dtype}, got {came}: "
-            "the checkpoint's files belong to different models"
-        )
-    return value
-
-
-def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _checked(tokens: TokenFile | None, split: str, least: int, vocabulary: int) -> TokenFile:

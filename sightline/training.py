@@ -105,7 +105,7 @@ def fit(
 ) -> TrainResult:
     """Trains a model on token files, and keeps its best and its latest step in the folder `out`.
 
-    AdamW with linear warm-up and cool-down; a checkpoint at every evaluation and at the end. The model
+    Linear warm-up and cool-down; a checkpoint at every evaluation and at the end. The model
     ends with the weights of its last step; `load(out)` has the best. With `resume` it starts from the
     folder's newest whole step, and on one machine the losses are, bit for bit, those of a run never stopped.
     The first Ctrl-C saves and stops. Advice goes to the listener, without one to `warnings`.

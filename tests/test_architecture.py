@@ -21,7 +21,7 @@ ROWS = [
     {"training"},
     {"loop"},
     {"trainer", "runs"},
-    {"viewer.server"},
+    {"optimizers", "viewer.server"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"viewer.manifest"},
     {"pyramid"},

@@ -640,7 +640,7 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(text, tmp_path, ca
     assert stdout == ""
     assert stderr.splitlines()[-1] == (
         f"sightline train: the loss became nan at step 4: {out / 'step-2'} is the last good checkpoint; "
-        "start again with a lower --learning-rate (now 0.002)"
+        "start again with a lower --learning-rate (now 0.005)"
     )
     assert run("generate", "the cat", "--model", out, "--tokens", 3) == 0
 
