@@ -16,10 +16,22 @@ from sightline.observation import Observation as Observation
 from sightline.shapes import ShapeError as ShapeError
 
 if TYPE_CHECKING:
+    from sightline.beams import DecodeConfig as DecodeConfig
+    from sightline.beams import find_targets as find_targets
     from sightline.captures import Capture as Capture
     from sightline.checkpoints import load as load
     from sightline.checkpoints import save as save
+    from sightline.conversion import from_torch as from_torch
+    from sightline.conversion import to_torch as to_torch
+    from sightline.conversion import torch_mask as torch_mask
     from sightline.diagnosis import doctor as doctor
+    from sightline.encoder import Classifier as Classifier
+    from sightline.encoder import Encoder as Encoder
+    from sightline.encoder import EncoderConfig as EncoderConfig
+    from sightline.encoder import MaskedWords as MaskedWords
+    from sightline.encoder import hide_tokens as hide_tokens
+    from sightline.encoder_decoder import EncoderDecoder as EncoderDecoder
+    from sightline.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
     from sightline.evaluation import Evaluation as Evaluation
     from sightline.evaluation import evaluate as evaluate
     from sightline.generation import SampleConfig as SampleConfig
@@ -51,10 +63,17 @@ __version__ = "0.2.0"
 # Imported when first asked for, so that `import sightline` costs little more than `import torch`.
 _LATER = {
     "Capture": "captures",
+    "Classifier": "encoder",
+    "DecodeConfig": "beams",
     "Decoder": "models",
     "DecoderConfig": "models",
+    "Encoder": "encoder",
+    "EncoderConfig": "encoder",
+    "EncoderDecoder": "encoder_decoder",
+    "EncoderDecoderConfig": "encoder_decoder",
     "Evaluation": "evaluation",
     "Learned": "positions",
+    "MaskedWords": "encoder",
     "MultiHeadAttention": "layers",
     "Recorder": "recording",
     "Rotary": "positions",
@@ -66,7 +85,10 @@ _LATER = {
     "capture": "inspection",
     "doctor": "diagnosis",
     "evaluate": "evaluation",
+    "find_targets": "beams",
+    "from_torch": "conversion",
     "generate": "generation",
+    "hide_tokens": "encoder",
     "load": "checkpoints",
     "load_capture": "store",
     "page": "viewer.page",
@@ -78,6 +100,8 @@ _LATER = {
     "save_capture": "store",
     "serve": "viewer.server",
     "sinusoidal": "positions",
+    "to_torch": "conversion",
+    "torch_mask": "conversion",
     "train": "training",
 }
 _NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "ShapeError", "Window"]

@@ -56,6 +56,18 @@ class Cache:
         values[:, :, self.length : stop] = value
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far of one layer; nothing is stored."""
+        stored = self._layers[layer]
+        assert stored is not None, "nothing was appended"
+        return stored[0][:, :, : self.length], stored[1][:, :, : self.length]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of what sequence `rows[i]` was, as beams do that live on and die."""
+        for stored in self._layers:
+            for tensor in stored or ():
+                tensor[:, :, : self.length] = tensor[rows, :, : self.length]
+
     def advance(self, tokens: int) -> None:
         """Count `tokens` new tokens, once all layers have appended them."""
         self.length += tokens

@@ -3,7 +3,7 @@
 Tensors are (batch tokens d_model). Knows nothing of vocabularies or of how many layers there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, overload
 
 import torch
@@ -150,22 +150,29 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The output (batch queries d_out); with `return_weights` also the weights (batch * heads, queries, keys).
 
-        With a cache, x holds the newest tokens and the cache those before them. The weights are those before
-        dropout, and carry no gradient.
+        With a cache, x holds the newest tokens and the cache those before them; with a context too, the cache holds
+        the context's keys and values, computed in the first call. The weights are those before dropout, and carry no
+        gradient.
         """
-        if context is not None and (cache is not None or self.rotary is not None):
-            raise ValueError("MultiHeadAttention: a context goes with neither a cache nor rotary positions")
+        if context is not None and self.rotary is not None:
+            raise ValueError("MultiHeadAttention: a context does not go with rotary positions")
+        if context is not None and cache is not None and cache.length:
+            query = _normed(self.query(x).unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
+            key, value = cache.read(self.layer)
+            return self._attend(query, key, value, mask, return_weights=return_weights)
         query, key, value = self._project(x, context)
-        if self.query_norm is not None and self.key_norm is not None:
-            # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
-            dtype = self.query_norm.weight.dtype
-            query, key = self.query_norm(query.to(dtype)), self.key_norm(key.to(dtype))
+        query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if self.rotary is not None:
             start = 0 if cache is None else cache.length
             query, key = self.rotary(query, start), self.rotary(key, start)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
+        return self._attend(query, key, value, mask, return_weights=return_weights)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, *, return_weights: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         mask = self._mask(mask)
         if self.observer is not None:
             heads = self.observer(query, key, value, mask, scale=None, softcap=None, sinks=None)
@@ -176,20 +183,23 @@ class MultiHeadAttention(nn.Module):
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(batch queries heads width), (batch keys groups width), (batch keys groups value_width)."""
-        maps = (self.query, self.key, self.value)
-        if self.training and context is None:
-            # One product instead of three, and two instead of six in the backward, for a copy of the weights.
-            bias = None if self.query.bias is None else torch.cat([linear.bias for linear in maps])
-            joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
-            query, key, value = joined.split([linear.out_features for linear in maps], dim=-1)
+        if context is None:
+            query, key, value = self._joined(x, self.query, self.key, self.value)
         else:
-            source = x if context is None else context
-            query, key, value = self.query(x), self.key(source), self.value(source)
+            query, (key, value) = self.query(x), self._joined(context, self.key, self.value)
         return (
             query.unflatten(-1, (self.num_heads, -1)),
             key.unflatten(-1, (self.num_groups, -1)),
             value.unflatten(-1, (self.num_groups, -1)),
         )
+
+    def _joined(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+        if not self.training:
+            return [linear(x) for linear in maps]
+        # One product instead of three, and two instead of six in the backward, for a copy of the weights.
+        bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
+        joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
+        return joined.split([linear.out_features for linear in maps], dim=-1)
 
     def _mask(self, given: Mask | Tensor | None) -> Mask | Tensor | None:
         if not self.causal and self.slopes is None:
@@ -268,11 +278,11 @@ class Block(nn.Module):
         self.norm_first = norm_first
         self.dropout = dropout
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None, *, cache: Cache | None = None) -> Tensor:
         if self.norm_first:
-            x = x + self._drop(self.attention(self.attention_norm(x), cache=cache))
+            x = x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=cache))
             return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, cache=cache)))
+        x = self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
         return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -282,6 +292,11 @@ class Block(nn.Module):
 def make_norm(kind: Norm, d_model: int, *, bias: bool = False) -> nn.Module:
     """RMSNorm (eps 1e-6, never a bias) or LayerNorm (eps 1e-5) over d_model."""
     return nn.RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, bias=bias)
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
+    return x if norm is None else norm(x.to(norm.weight.dtype))
 
 
 def _weights(query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None) -> Tensor:

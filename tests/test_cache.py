@@ -54,3 +54,14 @@ def test_gradients_are_refused():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="got 1, 0 and 4"):
         Cache(num_layers=1, batch=0, capacity=4)
+
+
+def test_what_is_read_follows_a_new_order():
+    cache = Cache(num_layers=1, batch=3, capacity=4)
+    keys, values = torch.randn(3, 2, 3, 4), torch.randn(3, 2, 3, 4)
+    cache.append(0, keys, values)
+    cache.advance(3)
+    assert all(map(torch.equal, cache.read(0), (keys, values)))
+    rows = torch.tensor([2, 2, 0])
+    cache.reorder(rows)
+    assert all(map(torch.equal, cache.read(0), (keys[rows], values[rows])))

@@ -192,7 +192,7 @@ def test_cross_attention_reads_the_context():
     output, weights = layer(x, context, return_weights=True)
     assert output.shape == (2, 3, 8) and weights.shape == (4, 3, 6)
     assert torch.equal(layer(x, x), layer(x))
-    with pytest.raises(ValueError, match="neither a cache nor rotary"):
+    with pytest.raises(ValueError, match="does not go with rotary"):
         MultiHeadAttention(8, 2, rotary=Rotary(4))(x, context)
     with pytest.raises(ShapeError, match="batch is 1 in context but 2"):
         layer(x, context[:1])

@@ -21,8 +21,8 @@ def draw(tokens: int, vocabulary: int, d_model: int, *, seed: int = 0, dtype=tor
     return features, weight, torch.randint(vocabulary, (tokens,), generator=random)
 
 
-def plain(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(features, weight), targets)
+def plain(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    return F.cross_entropy(F.linear(features, weight), targets, label_smoothing=smoothing)
 
 
 @given(
@@ -31,14 +31,15 @@ def plain(features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
     d_model=st.integers(1, 9),
     rows=st.integers(1, 41),
     factor=st.sampled_from([1.0, -3.5]),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
 )
-def test_loss_and_gradients_are_those_of_all_logits(tokens, vocabulary, d_model, rows, factor):
+def test_loss_and_gradients_are_those_of_all_logits(tokens, vocabulary, d_model, rows, factor, smoothing):
     features, weight, targets = draw(tokens, vocabulary, d_model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "CHUNK_BYTES", rows * vocabulary * 8)
-        found = next_token_loss(features, weight, targets)
+        found = next_token_loss(features, weight, targets, smoothing=smoothing)
         got = torch.autograd.grad(found * factor, (features, weight))
-    exact = plain(features, weight, targets)
+    exact = plain(features, weight, targets, smoothing)
     torch.testing.assert_close(found, exact)
     for ours, right in zip(got, torch.autograd.grad(exact * factor, (features, weight)), strict=True):
         torch.testing.assert_close(ours, right, atol=1e-12, rtol=1e-9)
