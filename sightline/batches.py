@@ -243,7 +243,7 @@ class _Writer:
         self.dtype = np.dtype(width(tokenizer))
         self.total = sum(corpus.size(split) for split in corpus.splits)
         self.counts = {split: _Counts() for split in corpus.splits}
-        shared = self.total >= SHARED_FROM and tokenizer.kind != "characters"  # those take a table, not time
+        shared = self.total >= SHARED_FROM and tokenizer.kind in ("words", "bpe")  # characters take a table, not time
         self.processes = cores() if shared else 1
 
     def write(self, made_of: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sightline.models import Decoder, DecoderConfig
-from sightline.tokenizers import Tokenizer
+from sightline.tokenizers import OTHER, Tokenizer
 
+Format = Literal["sightline", "huggingface"]
 FORMAT = 1
+_SINCE_0_3 = {"norm_epsilon", "rotary_scaling", "window_before", "query_key_value_bias"}
+"""Settings that older checkpoints lack: their defaults say what was so before."""
 STEP_FOLDER = re.compile(r"step-\d+")
 TEMPORARY = ".writing-"
 MANIFEST = "manifest.json"
@@ -106,6 +109,8 @@ def write_model(folder: Path, model: Decoder) -> None:
         "tokenizer": kind,
         "tokens_sha256": tokenizer and tokenizer.tokens_sha256,
     }
+    if tokenizer is not None and tokenizer.ends:
+        head["ends"] = sorted(tokenizer.ends)
     write_json(folder / "config.json", {**head, **model.config.to_dict()})
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
@@ -117,13 +122,18 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def save(folder: str | Path, model: Decoder) -> Path:
+def save(folder: str | Path, model: Decoder, *, format: Format = "sightline") -> Path:
     """Saves a model and its tokenizer as a new folder of safetensors and JSON, whole or not at all.
 
     Tied weights are stored once. Returns the folder.
 
+    `format="huggingface"` writes what `transformers` opens with `AutoModelForCausalLM` and `AutoTokenizer`, and `load`
+    opens as well: `modern` as Qwen3, `classic` as OPT, others as Llama, Mistral, Qwen2 or GPT-2, where that computes
+    the same. Dropout, which is a matter of training, is written as far as they have a place for it.
+
     Raises:
-        ValueError: the folder holds something already, or cannot be written.
+        ValueError: the folder holds something already, or cannot be written; or the model is none that
+            `transformers` has, and the line names the setting.
 
     >>> import tempfile
     >>> from sightline.models import Decoder, DecoderConfig
@@ -134,13 +144,21 @@ def save(folder: str | Path, model: Decoder) -> Path:
     True
     """
     folder = Path(folder)
+    if format not in get_args(Format):
+        raise ValueError(f"expected format to be {' or '.join(get_args(Format))}, got {format!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder, but {folder} holds something: choose another")
     if folder.exists():
         folder.rmdir()
     with whole(folder) as temporary:
-        write_model(temporary, model)
-        write_manifest(temporary)
+        if format == "huggingface":
+            # Imported when it is asked for: it writes and reads with what stands here.
+            from sightline.huggingface.formats import write_huggingface
+
+            write_huggingface(temporary, model)
+        else:
+            write_model(temporary, model)
+            write_manifest(temporary)
     return folder
 
 
@@ -148,10 +166,12 @@ def save(folder: str | Path, model: Decoder) -> Path:
 
 
 def load(folder: str | Path) -> Decoder:
-    """Opens a checkpoint: a run's folder (its best step), one of its steps, or what `save` wrote.
+    """Opens a checkpoint: a run's folder (its best step), one of its steps, or what `save` or `transformers` wrote.
 
     The model comes back on the CPU, in evaluation mode, in the dtype of the file, with its tokenizer. A folder that
-    was put together by hand needs no manifest.json; where there is one, every file must be as it says.
+    was put together by hand needs no manifest.json; where there is one, every file must be as it says. Of
+    `transformers`' models those of the types llama, mistral, qwen2, qwen3, gpt2 and opt are read, from safetensors
+    in one file or several, without needing that library.
 
     Raises:
         ValueError: a file is missing, damaged or foreign; the line names the file, what is wrong, and the other step
@@ -160,6 +180,11 @@ def load(folder: str | Path) -> Decoder:
     Example: see `save`.
     """
     folder = step_folder(folder)
+    config_file = folder / "config.json"
+    if config_file.is_file() and b'"model_type"' in config_file.read_bytes():
+        from sightline.huggingface.formats import read_huggingface
+
+        return read_huggingface(folder).eval()
     if (folder / MANIFEST).exists():
         try:
             check_whole(folder)
@@ -226,13 +251,13 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
     """What a checkpoint's model is, without its weights: its config and its tokenizer."""
     file = folder / "config.json"
     data = read_json(file)
-    head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer", "tokens_sha256")}
+    head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer", "tokens_sha256", "ends")}
     if head["format"] != FORMAT or head["model"] != "decoder":
         raise ValueError(
             f"expected {file} to say format {FORMAT} and model 'decoder', got {head['format']!r} and "
             f"{head['model']!r}: it was written by another program or a newer version"
         )
-    missing = [field.name for field in fields(DecoderConfig) if field.name not in data]
+    missing = [field.name for field in fields(DecoderConfig) if field.name not in {*data} | _SINCE_0_3]
     if missing:
         raise ValueError(f"expected {file} to hold the key {missing[0]!r}, but it is missing")
     try:
@@ -242,7 +267,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
     if head["tokenizer"] is None:
         return config, None
     file = folder / "tokenizer.json"
-    tokenizer = _read_tokenizer(file, head["tokenizer"], config.vocabulary)
+    tokenizer = _read_tokenizer(file, head["tokenizer"], config.vocabulary, head["ends"])
     if tokenizer.tokens_sha256 != head["tokens_sha256"]:
         raise ValueError(f"expected {file} to hold the tokens that the model was trained with, got others: {_FOREIGN}")
     return config, tokenizer
@@ -330,9 +355,9 @@ def read_pointer(out: Path) -> dict[str, str]:
     return pointer
 
 
-def _read_tokenizer(file: Path, kind: object, vocabulary: int) -> Tokenizer:
+def _read_tokenizer(file: Path, kind: object, vocabulary: int, ends: Any) -> Tokenizer:
     _expect_file(file)
-    tokenizer = Tokenizer.load(file)
+    tokenizer = Tokenizer.load(file, size=vocabulary if kind == OTHER else None, ends=ends or ())
     if (tokenizer.kind, len(tokenizer)) != (kind, vocabulary):
         raise ValueError(
             f"expected {file} to hold the {vocabulary} tokens of the kind {kind!r} that config.json asks for, got "

@@ -30,7 +30,7 @@ from sightline.tokenizers import Kind
 from sightline.training import Preset
 
 SOURCE = "A file, a folder, - for standard input, 'embedded', or 'wikitext-2'."
-MODEL = "The folder of a run, or one of its steps."
+MODEL = "The folder of a run, one of its steps, or a folder of transformers."
 
 
 def demo(

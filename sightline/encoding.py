@@ -55,7 +55,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._dtype = width(tokenizer)
         self._unknown = tokenizer.unknown
-        makers = {"words": _of_words, "characters": _of_characters, "bpe": _of_bpe}
+        makers = {"words": _of_words, "characters": _of_characters, "bpe": _of_bpe, "other": _of_other}
         self._ids = makers[tokenizer.kind](tokenizer, self._dtype)
 
     def encode(self, text: str) -> Encoded:
@@ -83,6 +83,11 @@ def _of_characters(tokenizer: Tokenizer, dtype: str) -> Callable[[str], bytes]:
 def _of_bpe(tokenizer: Tokenizer, dtype: str) -> Callable[[str], bytes]:
     remembered = _Remembered(tokenizer, dtype)
     return lambda text: b"".join(map(remembered.__getitem__, _STRETCHES.findall(text)))
+
+
+def _of_other(tokenizer: Tokenizer, dtype: str) -> Callable[[str], bytes]:
+    # Nothing is known of where its rules may cut, so nothing is remembered.
+    return lambda text: np.asarray(tokenizer.encode(text), dtype).tobytes()
 
 
 class _Remembered(dict[str, bytes]):

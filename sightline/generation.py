@@ -238,8 +238,9 @@ def generate(
     character: a word comes when what follows ends it (at once from a model of words), with the white space
     before it. The first piece may complete the prompt's last word and then counts as a word. Where no word
     ends for 64 tokens, what they wrote counts as one. With `config.tokens` the last piece may be
-    part of a word. Without a prompt the model starts as after a line end, or, where its vocabulary has none,
-    after its first token. `config.stop` is looked for in the new text alone.
+    part of a word. A token that ends a text (`Tokenizer.ends`) ends it here too. Without a prompt the model starts
+    as after a line end, or, where its vocabulary has none, after its first token. `config.stop` is looked for in
+    the new text alone.
 
     Use `contextlib.closing`, or let go of the generator, to end early: the model then gets back its mode.
 
@@ -278,8 +279,9 @@ def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
         named = ", ".join(map(repr, lacking[:5])) + (f", ... ({len(lacking)} in all)" if len(lacking) > 5 else "")
         other = "choose other characters" if kind == "characters" else "choose others or write <unk> in their place"
         raise ValueError(f"the prompt may only use {kind} of the model's vocabulary, which lacks {named}: {other}")
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
     line_end = [] if tokenizer.unknown_words("\n") else tokenizer.encode("\n")
-    return tokenizer.encode(prompt) or line_end or [0]
+    return ids or line_end or [0]
 
 
 class _Pending:
@@ -330,6 +332,8 @@ def _words(
     count = 0
     with closing(tokens):
         for token in tokens:
+            if token in pending.tokenizer.ends:
+                break
             pending.add(token)
             found = -1 if stop is None else pending.text.find(stop)
             length = found if found >= 0 else pending.settled(stop)

@@ -112,7 +112,8 @@ def _encoded(model: Decoder, text: str) -> list[int]:
             f"capture: not in the vocabulary: {named} ({len(unknown)} in all); "
             "use other words, or accept <unk> for them with capture(model, model.tokenizer.encode(text))"
         )
-    return model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(text)
+    return [*model.tokenizer.start, *ids] if ids else ids
 
 
 def _listed_ids(tokens: Sequence[int] | Tensor) -> list[int]:
@@ -132,7 +133,7 @@ def texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(map(str, ids))
     texts = {}
     for token in set(ids):
-        text = tokenizer.decode([token])
+        text = tokenizer.text_of(token)
         texts[token] = tokenizer.pieces([token])[0] if "\ufffd" in text else text
     return tuple(texts[token] for token in ids)
 

@@ -17,7 +17,10 @@ from sightline.positions import Rotary
 from sightline.shapes import shaped
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["swiglu", "gelu", "relu"]
+Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
+
+EPSILON: dict[Norm, float] = {"rms": 1e-6, "layer": 1e-5}
+"""What a norm adds to the variance, unless told otherwise."""
 
 
 class SelfAttention(nn.Module):
@@ -69,8 +72,9 @@ class MultiHeadAttention(nn.Module):
     C is the context: X itself (self-attention), or what `forward` is given (cross-attention). `d_k` and `d_v`
     are totals over the heads and default to d_model, as `d_out` does. With fewer `num_groups` than heads,
     neighbouring heads share keys and values (grouped-query attention). `query_key_norm` applies an RMSNorm over
-    the width of a head to queries and keys, before `rotary` turns them. `dropout` falls on the weights, in
-    training only. `layer` says which layer of a `Cache` is this one's.
+    the width of a head to queries and keys, before `rotary` turns them. `before` lets a query see so many keys
+    before its own. `output_bias` None is `bias`. `dropout` falls on the weights, in training only. `layer` says
+    which layer of a `Cache` is this one's.
 
     Drawn as separate `nn.Linear` would be, in this order: output, then for each head query, key, value.
 
@@ -101,9 +105,12 @@ class MultiHeadAttention(nn.Module):
         d_out: int | None = None,
         num_groups: int | None = None,
         causal: bool = False,
+        before: int | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        output_bias: bool | None = None,
         query_key_norm: bool = False,
+        norm_epsilon: float = EPSILON["rms"],
         rotary: Rotary | None = None,
         alibi: bool = False,
         layer: int = 0,
@@ -124,17 +131,18 @@ class MultiHeadAttention(nn.Module):
         self.num_heads = num_heads
         self.num_groups = num_groups
         self.causal = causal
+        self.before = before
         self.dropout = dropout
         self.layer = layer
         self.observer: Callable[..., Tensor] | None = None
-        self.output = nn.Linear(d_v, d_out, bias=bias)
+        self.output = nn.Linear(d_v, d_out, bias=bias if output_bias is None else output_bias)
         self.query, self.key, self.value = (
             nn.Linear(d_model, size, bias=bias, device="meta").to_empty(device=torch.get_default_device())
             for size in (d_k, num_groups * width, num_groups * (d_v // num_heads))
         )
         self._draw()
-        self.query_norm = nn.RMSNorm(width, eps=1e-6) if query_key_norm else None
-        self.key_norm = nn.RMSNorm(width, eps=1e-6) if query_key_norm else None
+        self.query_norm = nn.RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
+        self.key_norm = nn.RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
         self.rotary = rotary
         self.register_buffer("slopes", ALiBi(num_heads).slopes if alibi else None, persistent=False)
 
@@ -202,9 +210,9 @@ class MultiHeadAttention(nn.Module):
         return joined.split([linear.out_features for linear in maps], dim=-1)
 
     def _mask(self, given: Mask | Tensor | None) -> Mask | Tensor | None:
-        if not self.causal and self.slopes is None:
+        if not self.causal and self.before is None and self.slopes is None:
             return given
-        own = Mask(after=0 if self.causal else None, slopes=self.slopes)
+        own = Mask(before=self.before, after=0 if self.causal else None, slopes=self.slopes)
         if given is None:
             return own
         return own & (Allowed(given) if isinstance(given, Tensor) else given)
@@ -229,6 +237,8 @@ class FeedForward(nn.Module):
 
         relu, gelu: W_down f(W_up x)          swiglu: W_down (silu(W_gate x) * W_up x)
 
+    gelu_tanh is the approximation that GPT-2 was trained with.
+
     Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for swiglu.
 
     >>> FeedForward(d_model=8, d_ff=32)(torch.ones(1, 2, 8)).shape
@@ -240,7 +250,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation]
+        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -266,14 +276,15 @@ class Block(nn.Module):
         *,
         d_model: int,
         norm: Norm = "rms",
+        norm_epsilon: float | None = None,
         norm_first: bool = True,
         bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attention_norm = make_norm(norm, d_model, bias=bias)
+        self.attention_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
         self.attention = attention
-        self.feed_forward_norm = make_norm(norm, d_model, bias=bias)
+        self.feed_forward_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
         self.feed_forward = feed_forward
         self.norm_first = norm_first
         self.dropout = dropout
@@ -289,9 +300,14 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-def make_norm(kind: Norm, d_model: int, *, bias: bool = False) -> nn.Module:
-    """RMSNorm (eps 1e-6, never a bias) or LayerNorm (eps 1e-5) over d_model."""
-    return nn.RMSNorm(d_model, eps=1e-6) if kind == "rms" else nn.LayerNorm(d_model, bias=bias)
+def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:
+    """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
+    epsilon = EPSILON[kind] if epsilon is None else epsilon
+    return nn.RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:

@@ -99,7 +99,7 @@ def beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
             break
     else:
         ids = tokenizer.encode(text)
-    return ids[:most]
+    return [*tokenizer.start, *ids][:most]
 
 
 def _tokenizer(model: Decoder) -> Tokenizer:

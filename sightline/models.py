@@ -9,22 +9,24 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.cache import Cache
-from sightline.layers import Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
+from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
 from sightline.losses import next_token_loss
-from sightline.positions import Learned, Rotary, Sinusoidal
+from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
 from sightline.shapes import ShapeError, shaped
 
 if TYPE_CHECKING:
     from sightline.tokenizers import Tokenizer
 
 Positions = Literal["rotary", "sinusoidal", "learned", "alibi", "none"]
+
+_ROTARY_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +63,24 @@ class DecoderConfig:
     """On embeddings, on attention weights and on what each sublayer adds; in training only."""
     norm: Norm = "rms"
     """RMSNorm or LayerNorm."""
+    norm_epsilon: float = 0.0
+    """Added to the variance in every norm; 0: 1e-6 for rms, 1e-5 for layer."""
     norm_first: bool = True
     """Pre-norm and a final norm; otherwise post-norm, as in the paper."""
     positions: Positions = "rotary"
     """Where positions come from."""
     rotary_base: float = 10000.0
     """The base of the rotary angles."""
+    rotary_scaling: tuple[float, ...] = ()
+    """Slower rotary angles for a longer context: factor, low, high, original (see `Rotary`); (): none."""
+    window_before: int = 0
+    """A token sees so many tokens before its own; 0: all."""
     activation: Activation = "swiglu"
     """The feed-forward's."""
     bias: bool = False
     """On every linear map and LayerNorm, the head excepted."""
+    query_key_value_bias: bool = False
+    """On the maps to queries, keys and values, where `bias` puts none."""
     query_key_norm: bool = True
     """RMSNorm over each head's queries and keys."""
     tied: bool = True
@@ -118,10 +128,14 @@ class DecoderConfig:
         return dataclasses.asdict(self)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rotary_scaling", _scaling(self.rotary_scaling))
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name), field.type)
-        if self.rotary_base != DecoderConfig.rotary_base and self.positions != "rotary":
-            raise ValueError(f"DecoderConfig: rotary_base has no effect with positions {self.positions!r}; drop it")
+        for name in ("rotary_base", "rotary_scaling"):
+            if getattr(self, name) != getattr(DecoderConfig, name) and self.positions != "rotary":
+                raise ValueError(f"DecoderConfig: {name} has no effect with positions {self.positions!r}; drop it")
+        if self.bias and self.query_key_value_bias:
+            raise ValueError("DecoderConfig: query_key_value_bias has no effect beside bias; drop it")
         if not self.head_width:
             _check_divides("d_model", self.d_model, "num_heads", self.num_heads)
         swiglu = 32 * max(1, round(self.d_model * 8 / 3 / 32))
@@ -129,6 +143,7 @@ class DecoderConfig:
             "num_groups": self.num_heads,
             "head_width": self.d_model // self.num_heads,
             "d_ff": swiglu if self.activation == "swiglu" else 4 * self.d_model,
+            "norm_epsilon": EPSILON[self.norm],
         }
         for name, number in derived.items():
             object.__setattr__(self, name, getattr(self, name) or number)
@@ -161,9 +176,13 @@ class Decoder(nn.Module):
         self.positions = _positions(config)
         rotary = None
         if config.positions == "rotary":
-            rotary = Rotary(config.head_width, config.rotary_base, length=config.context)
+            scaling = RotaryScaling(*config.rotary_scaling) if config.rotary_scaling else None
+            length = min(config.context, _ROTARY_AT_ONCE)
+            rotary = Rotary(config.head_width, config.rotary_base, length=length, scaling=scaling)
         self.blocks = nn.ModuleList(_block(config, layer, rotary) for layer in range(config.num_layers))
-        self.norm = make_norm(config.norm, config.d_model, bias=config.bias) if config.norm_first else None
+        self.norm = None
+        if config.norm_first:
+            self.norm = make_norm(config.norm, config.d_model, bias=config.bias, epsilon=config.norm_epsilon)
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocabulary, bias=False)
         self._draw()
 
@@ -301,9 +320,12 @@ def _block(config: DecoderConfig, layer: int, rotary: Rotary | None) -> Block:
         d_v=config.num_heads * config.head_width,
         num_groups=config.num_groups,
         causal=True,
+        before=config.window_before or None,
         dropout=config.dropout,
-        bias=config.bias,
+        bias=config.bias or config.query_key_value_bias,
+        output_bias=config.bias,
         query_key_norm=config.query_key_norm,
+        norm_epsilon=config.norm_epsilon,
         rotary=rotary,
         alibi=config.positions == "alibi",
         layer=layer,
@@ -314,6 +336,7 @@ def _block(config: DecoderConfig, layer: int, rotary: Rotary | None) -> Block:
         feed_forward,
         d_model=config.d_model,
         norm=config.norm,
+        norm_epsilon=config.norm_epsilon,
         norm_first=config.norm_first,
         bias=config.bias,
         dropout=config.dropout,
@@ -322,21 +345,35 @@ def _block(config: DecoderConfig, layer: int, rotary: Rotary | None) -> Block:
 
 def _check_field(name: str, value: object, kind: Any) -> None:
     """A whole number of at least 1 (0 where that means derived), a number in range, a bool or a known choice."""
-    choices = get_args(kind)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
     if choices and value not in choices:
         raise ValueError(f"DecoderConfig: {name} must be one of {', '.join(choices)}; got {value!r}")
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"DecoderConfig: {name} must be true or false, got {value!r}")
     if kind is int:
-        least = 0 if name in ("num_groups", "head_width", "d_ff") else 1
+        least = 0 if name in ("num_groups", "head_width", "d_ff", "window_before") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"DecoderConfig: {name} must be a whole number of at least {least}, got {value!r}")
     if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise ValueError(f"DecoderConfig: {name} must be a number, got {value!r}")
     if name == "dropout" and isinstance(value, int | float) and not 0 <= value < 1:
         raise ValueError(f"DecoderConfig: dropout must be at least 0 and below 1, got {value}")
+    if name == "norm_epsilon" and isinstance(value, int | float) and not 0 <= value < 1:
+        raise ValueError(f"DecoderConfig: norm_epsilon must be at least 0 and below 1, got {value}")
     if name == "rotary_base" and isinstance(value, int | float) and not value > 1:
         raise ValueError(f"DecoderConfig: rotary_base must be above 1, got {value}")
+
+
+def _scaling(numbers: Any) -> tuple[float, ...]:
+    """As a tuple, since JSON gives a list."""
+    scaling = tuple(numbers) if isinstance(numbers, list | tuple) else numbers
+    whole = isinstance(scaling, tuple) and all(isinstance(n, int | float) and n > 0 for n in scaling)
+    if not whole or len(scaling) not in (0, 4) or (scaling and not scaling[1] < scaling[2]):
+        raise ValueError(
+            f"DecoderConfig: rotary_scaling must be (factor, low, high, original), all above 0 and low below high; "
+            f"got {numbers!r}"
+        )
+    return scaling
 
 
 def _check_divides(name: str, number: int, part: str, parts: int) -> None:

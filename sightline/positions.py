@@ -4,9 +4,21 @@ Angles are computed in float64, so that position 100,000 is as exact as position
 ALiBi, which is a bias on the scores, is a mask.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class RotaryScaling(NamedTuple):
+    """How rotary angles are slowed down for a longer context (see `Rotary`)."""
+
+    factor: float
+    low: float
+    high: float
+    original: float
 
 
 def sinusoidal(
@@ -102,9 +114,13 @@ class Rotary(nn.Module):
     and a turned key depends on the distance of their positions alone. (The halves layout, which Qwen3 and Llama
     checkpoints have in `transformers`.) Nothing is trained.
 
+    `scaling` slows the slow pairs, for contexts longer than the `original` one that they were trained on: those
+    that turn fewer than `low` times in it turn `factor` times slower, those with more than `high` as before, those
+    between by the linear mean of both.
+
     Raises: ValueError for an odd width.
 
-    Source: Su et al. 2021, section 3.2.
+    Source: Su et al. 2021, section 3.2; the scaling is Llama 3.1's.
 
     >>> rotary = Rotary(width=2)
     >>> rotary(torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]]), start=0)
@@ -115,13 +131,16 @@ class Rotary(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, width: int, base: float = 10000.0, *, length: int = 0) -> None:
+    def __init__(
+        self, width: int, base: float = 10000.0, *, length: int = 0, scaling: RotaryScaling | None = None
+    ) -> None:
         """`length` positions are computed at once; more are computed when they are asked for."""
         super().__init__()
         if width < 2 or width % 2:
             raise ValueError(f"Rotary: expected an even width, since it turns pairs; got {width}")
         self.width = width
         self.base = base
+        self.scaling = scaling
         cosine, sine = self._tables(length, torch.float32)
         self.register_buffer("cosine", cosine, persistent=False)
         self.register_buffer("sine", sine, persistent=False)
@@ -133,24 +152,30 @@ class Rotary(nn.Module):
         stop = start + x.shape[-2]
         dtype = _table_dtype(x)
         if stop > len(self.cosine) or self.cosine.dtype != dtype or self.cosine.device != x.device:
-            length = max(stop, len(self.cosine))
+            # At least twice as many as before, so that a text growing token by token asks seldom.
+            length = len(self.cosine) if stop <= len(self.cosine) else max(stop, 2 * len(self.cosine))
             self.cosine, self.sine = (table.to(x.device) for table in self._tables(length, dtype))
         cosine, sine = self.cosine[start:stop], self.sine[start:stop]
         # Rolling by half the width swaps the halves; the table of sines carries the sign.
         return torch.addcmul(x * cosine, x.roll(self.width // 2, -1).to(dtype), sine).to(x.dtype)
 
     def _tables(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = _angles(length, self.width, self.base)
+        angles = _angles(length, self.width, self.base, self.scaling)
         cosine = torch.cat((angles.cos(), angles.cos()), dim=-1)
         sine = torch.cat((-angles.sin(), angles.sin()), dim=-1)
         return cosine.to(dtype), sine.to(dtype)
 
 
-def _angles(length: int, width: int, base: float) -> Tensor:
+def _angles(length: int, width: int, base: float, scaling: RotaryScaling | None = None) -> Tensor:
     """position / base^(2i / width), float64, on the CPU since not every device has float64."""
     position = torch.arange(length, dtype=torch.float64, device="cpu")
     exponent = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
-    return position[:, None] / base**exponent
+    wavelengths = base**exponent
+    if scaling is not None:
+        turns = scaling.original / (2 * math.pi * wavelengths)
+        share = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        wavelengths = 1 / (share / wavelengths + (1 - share) / (scaling.factor * wavelengths))
+    return position[:, None] / wavelengths
 
 
 def _table_dtype(x: Tensor) -> torch.dtype:

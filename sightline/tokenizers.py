@@ -1,4 +1,4 @@
-"""Text to token ids and back: words, characters, byte-level BPE.
+"""Text to token ids and back: words, characters, byte-level BPE, or whatever a tokenizer.json from elsewhere says.
 
 Whatever its kind, a Tokenizer is one `tokenizers.Tokenizer`, so that `tokenizer.json` is the file which
 `transformers` reads as `PreTrainedTokenizerFast(tokenizer_file=...)`. Knows nothing about files of text.
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["words", "characters", "bpe"]
 
+OTHER = "other"
+"""The kind of a tokenizer with rules of its own: read from a file, never trained here."""
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
 BPE_VOCABULARY = 4096
@@ -38,6 +40,7 @@ class Tokenizer:
                  "\n" is `<eos>`, an unseen word `<unk>`
     characters   one character, an unseen one `<unk>`            the text, but for the unseen
     bpe          one or more bytes, merged as in GPT-2           the text, always
+    other        what the rules in its file say                  what they say
 
     `decode(ids[:n])` begins `decode(ids[:n + 1])`, except that a character whose bytes are not complete in
     bpe reads U+FFFD.
@@ -51,14 +54,27 @@ class Tokenizer:
     'the <unk> sat\n'
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
-        """Wrap a `tokenizers.Tokenizer` whose rules are those of one of our kinds.
+    def __init__(self, backend: "tokenizers.Tokenizer", *, size: int | None = None, ends: Iterable[int] = ()) -> None:
+        """Wrap a `tokenizers.Tokenizer`.
 
-        Raises ValueError for any other tokenizer.
+        `size`, how many ids a model has, lets the rules be any (kind "other"); ids without a token then read as
+        nothing. `ends` are the tokens that end a text.
+
+        Raises ValueError for ids beyond `size`; without one, for rules that are not those of one of our kinds.
         """
-        self.kind: Kind = _kind_of(backend)
+        self.kind: Kind | Literal["other"] = (
+            OTHER if size is not None and _is_other(backend, size) else _kind_of(backend)
+        )
+        self.ends: frozenset[int] = frozenset(ends)
+        self.start: tuple[int, ...] = ()
+        """Tokens that stand before every text."""
+        self.unknown: int | None = None
         self._backend = backend
         self._ids: dict[str, int] = backend.get_vocab()
+        if self.kind == OTHER:
+            assert size is not None
+            self._take_any(size)
+            return
         self._tokens: list[str] = sorted(self._ids, key=self._ids.__getitem__)
         missing = [token for token in _RESERVED[self.kind] if token not in self._ids]
         if missing:
@@ -67,7 +83,19 @@ class Tokenizer:
             )
         if [self._ids[token] for token in self._tokens] != list(range(len(self._tokens))):
             raise ValueError("the ids of a vocabulary must count up from 0 without a gap, these do not")
-        self.unknown: int | None = None if self.kind == "bpe" else self._ids[UNKNOWN]
+        if self.kind != "bpe":
+            self.unknown = self._ids[UNKNOWN]
+
+    def _take_any(self, size: int) -> None:
+        most = max(self._ids.values(), default=-1)
+        if most >= size:
+            raise ValueError(f"the model has {size} tokens, but the tokenizer has one with the id {most}")
+        named = {i: token for token, i in self._ids.items()}
+        self._tokens = [named.get(i, "") for i in range(size)]
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        plain, full = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.start = next((tuple(full[:i]) for i in range(len(full)) if full[i : i + len(plain)] == plain), ())
 
     @classmethod
     def train(cls, kind: Kind, texts: Iterable[str], vocabulary: int | None = None) -> "Tokenizer":
@@ -98,10 +126,10 @@ class Tokenizer:
         return cls(_train_lookup(kind, texts, vocabulary))
 
     @classmethod
-    def load(cls, file: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`; its kind follows from the rules in it.
+    def load(cls, file: str | Path, *, size: int | None = None, ends: Iterable[int] = ()) -> "Tokenizer":
+        """Read a `tokenizer.json`; its kind follows from the rules in it, or is "other" where a `size` is given.
 
-        Raises ValueError when the file is missing, damaged, or of no kind of ours.
+        Raises ValueError when the file is missing, damaged, or, without `size`, of no kind of ours.
         """
         import tokenizers
 
@@ -118,7 +146,7 @@ class Tokenizer:
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{file} is not a tokenizer.json that `tokenizers` can read: {error}") from None
         try:
-            return cls(backend)
+            return cls(backend, size=size, ends=ends)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -160,11 +188,11 @@ class Tokenizer:
         return f"Tokenizer(kind={self.kind!r}, vocabulary={len(self)})"
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text.
+        """The ids of a text, without what may stand at its `start`.
 
         Raises ValueError (UnicodeEncodeError) in bpe for half a surrogate pair, which has no bytes.
         """
-        if self.kind == "bpe":
+        if self.kind in ("bpe", OTHER):
             text.encode("utf-8")
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         # The backend's own encode gives the same ids and takes 10 to 30 times as long.
@@ -178,6 +206,16 @@ class Tokenizer:
         """
         return self._backend.decode(self._checked(ids), skip_special_tokens=False)
 
+    def text_of(self, token: int) -> str:
+        """What a token adds to a text; U+FFFD for bytes that are only part of a character.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        if self.kind != OTHER:
+            return self.decode([token])
+        # Some rules leave out the space before a text's first token: so after another one.
+        return self.decode([token, token])[len(self.decode([token])) :]
+
     def pieces(self, ids: Iterable[int]) -> list[str]:
         r"""What each token looks like to a person: leading spaces kept, the unprintable escaped.
 
@@ -187,14 +225,17 @@ class Tokenizer:
         ['\\n', ' ', '<unk>']
         """
         tokens = [self._tokens[i] for i in self._checked(ids)]
-        if self.kind == "bpe":
+        if self.kind == "bpe" or (self.kind == OTHER and "ByteLevel" in json.dumps(_rules(self._backend)[3])):
             bytes_of = _byte_of_character()
-            tokens = [bytes(bytes_of[c] for c in token).decode("utf-8", "backslashreplace") for token in tokens]
+            tokens = [
+                bytes(bytes_of[c] for c in token).decode("utf-8", "backslashreplace") if bytes_of.keys() >= {*token}
+                else token for token in tokens
+            ]  # fmt: skip
         return ["".join(c if c.isprintable() else _escape(c) for c in token) for token in tokens]
 
     def unknown_words(self, text: str) -> list[str]:
         """The words (or characters) of a text that the vocabulary lacks, in order, each once."""
-        if self.kind == "bpe":
+        if self.kind in ("bpe", OTHER):
             return []
         return list(dict.fromkeys(token for token in _split(self.kind, text) if token not in self._ids))
 
@@ -207,7 +248,7 @@ class Tokenizer:
         return checked
 
 
-def _split(kind: Kind, text: str) -> Sequence[str]:
+def _split(kind: str, text: str) -> Sequence[str]:
     """What `_backend_of` says about cutting, in Python."""
     return text if kind == "characters" else text.replace("\n", f" {END_OF_LINE} ").split()
 
@@ -291,6 +332,13 @@ def _kind_of(backend: "tokenizers.Tokenizer") -> Kind:
         f"expected the rules of a tokenizer of {', '.join(get_args(Kind))}, got a {model} model "
         f"after the pre-tokenizer {pre_tokenizer}: train one with Tokenizer.train"
     )
+
+
+def _is_other(backend: "tokenizers.Tokenizer", size: int) -> bool:
+    saved = json.loads(backend.to_str())
+    if backend.get_vocab_size() != size or saved["added_tokens"] or saved["post_processor"]:
+        return True
+    return all(_rules(_backend_of(kind, {UNKNOWN: 0})) != _rules(backend) for kind in get_args(Kind))
 
 
 def _rules(backend: "tokenizers.Tokenizer") -> tuple:

@@ -31,9 +31,12 @@ ROWS = [
     {"sequences"},
     {"store"},
     {"captures"},
+    {"huggingface.formats"},
     {"checkpoints"},
     {"encoder_decoder"},
     {"encoder"},
+    {"huggingface.settings"},
+    {"huggingface.families"},
     {"models"},
     {"layers"},
     {"cache", "positions", "losses"},
@@ -67,8 +70,9 @@ def test_every_module_has_its_row():
     assert sorted(name for row in ROWS for name in row) == sorted(modules())
 
 
-# A notebook asks a capture itself how it looks, and a capture asks the page.
-UPWARD = {"captures": {"viewer.page"}}
+# A notebook asks a capture itself how it looks, and a capture asks the page. Who opens or writes a folder of another
+# library's format needs what checkpoints are read and written with.
+UPWARD = {"captures": {"viewer.page"}, "checkpoints": {"huggingface.formats"}}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

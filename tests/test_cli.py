@@ -455,7 +455,7 @@ DAMAGES = {
     "config missing": ("config.json", Path.unlink, ("config.json, but it is missing: the checkpoint is not complete",)),
     "config truncated": ("config.json", cut, ("config.json to be JSON",)),
     "config of another program": (
-        "config.json", lambda file: file.write_text('{"model_type": "gpt2"}'), ("written by another program",)),
+        "config.json", lambda file: file.write_text('{"n_layer": 12}'), ("written by another program",)),
     "config with an unknown key": ("config.json", edit(d_modle=3), ("unknown key 'd_modle'; did you mean 'd_model'?",)),
     "config without a key": ("config.json", edit(num_heads="drop"), ("the key 'num_heads'", "missing")),
     "config that cannot be": ("config.json", edit(num_heads=3), ("num_heads 3",)),

@@ -22,6 +22,9 @@ KINDS = {
     "learned": DecoderConfig.modern(**SMALL, positions="learned", norm="layer", activation="gelu", bias=True),
     "alibi": DecoderConfig.modern(**SMALL, positions="alibi"),
     "none": DecoderConfig.modern(**SMALL, positions="none", norm_first=False),
+    "window": DecoderConfig.modern(
+        **SMALL, window_before=3, rotary_scaling=(4.0, 1.0, 4.0, 8.0), norm_epsilon=1e-3, query_key_value_bias=True
+    ),
 }
 
 
@@ -309,7 +312,7 @@ def test_a_config_survives_json(kind):
         ({"head_width": 5}, "rotary positions need an even head_width, got 5"),
         ({"norm": "batch"}, "norm must be one of rms, layer; got 'batch'"),
         ({"positions": "rope"}, "positions must be one of rotary, sinusoidal, learned, alibi, none; got 'rope'"),
-        ({"activation": "tanh"}, "activation must be one of swiglu, gelu, relu; got 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of swiglu, gelu, gelu_tanh, relu; got 'tanh'"),
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
         ({"d_ff": -1}, "d_ff must be a whole number of at least 0, got -1"),
         ({"context": 2.5}, "context must be a whole number of at least 1, got 2.5"),
@@ -319,6 +322,12 @@ def test_a_config_survives_json(kind):
         ({"dropout": "low"}, "dropout must be a number, got 'low'"),
         ({"rotary_base": 0.5}, "rotary_base must be above 1, got 0.5"),
         ({"rotary_base": 5e5, "positions": "none"}, "rotary_base has no effect with positions 'none'"),
+        ({"rotary_scaling": (4.0, 1.0, 4.0)}, r"rotary_scaling must be \(factor, low, high, original\), .* got \(4.0"),
+        ({"rotary_scaling": (4.0, 4.0, 1.0, 8.0)}, "rotary_scaling must be .* low below high"),
+        ({"rotary_scaling": "yarn"}, "rotary_scaling must be .* got 'yarn'"),
+        ({"norm_epsilon": 1.0}, "norm_epsilon must be at least 0 and below 1, got 1.0"),
+        ({"window_before": -1}, "window_before must be a whole number of at least 0, got -1"),
+        ({"bias": True, "query_key_value_bias": True}, "query_key_value_bias has no effect beside bias"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes, message):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sightline.positions import Learned, Rotary, Sinusoidal, sinusoidal
+from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal, sinusoidal
 
 COLUMN_3 = [1.4000, 1.0479, 0.2396, -0.4558, -0.5485, 0.0267, 0.8648, 1.3756, 1.1994, 0.4603]
 
@@ -125,6 +125,28 @@ def test_rotary_products_depend_on_distance_alone(query, key, shift):
     near = (rotary(q, query) * rotary(k, key)).sum()
     far = (rotary(q, query + shift) * rotary(k, key + shift)).sum()
     assert torch.allclose(near, far, atol=1e-10)
+
+
+def test_rotary_scaling_slows_the_slow_pairs_alone():
+    scaling = RotaryScaling(factor=8.0, low=1.0, high=4.0, original=64)
+    x = torch.ones(1, 1, 1, 32, dtype=torch.float64)
+    scaled, plain = (Rotary(32, scaling=s)(x, start=5)[0, 0, 0, :16] for s in (scaling, None))
+    slower = Rotary(32)(x, start=0)[0, 0, 0, :16]
+    for pair in range(16):
+        turns = 64 / (2 * math.pi * 10000 ** (pair / 16))
+        share = min(1, max(0, (turns - 1) / (4 - 1)))
+        angle = 5 / 10000 ** (pair / 16) * (share + (1 - share) / 8)
+        slower[pair] = math.cos(angle) - math.sin(angle)
+    torch.testing.assert_close(scaled, slower, rtol=0, atol=1e-12)
+    assert scaled[0] == plain[0] and (scaled - plain).abs().max() > 0.05
+
+
+def test_rotary_tables_grow_by_doubling():
+    rotary = Rotary(4, length=8)
+    rotary(torch.zeros(1, 1, 1, 4), start=8)
+    assert len(rotary.cosine) == 16
+    rotary(torch.zeros(1, 1, 1, 4), start=99)
+    assert len(rotary.cosine) == 100
 
 
 def test_rotary_keeps_half_precision_angles_exact():

@@ -1,0 +1,1 @@
+"""Models of `transformers`, and our own in its world."""
