@@ -30,6 +30,8 @@ class Cache:
         self.capacity = capacity
         self.length = 0
         """Tokens that every layer holds."""
+        self.recent: Tensor | None = None
+        """The last tokens read (batch tokens), for a model that looks at runs of them."""
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +77,7 @@ class Cache:
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
+        self.recent = None
 
     def _empty(self, new: Tensor) -> Tensor:
         batch, groups, _, width = new.shape

@@ -65,7 +65,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
@@ -117,30 +122,35 @@ def _alike(matrices: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 class Optimizers:
     """The optimisers of one model, as one.
 
-    With `config.optimizer` "muon": Muon for the weights of linear maps inside the blocks; AdamW for the embedding and
-    the head (a row a token: no direction is shared), positions, gains and biases. With "adamw": AdamW for all.
-    Embeddings and matrices decay; gains and biases do not.
+    With `config.optimizer` "muon": Muon for the weights of linear maps inside the blocks; AdamW for the rest, with a
+    rate of its own for embeddings and n-grams, of which a step sees few rows (but not where the embedding is the head
+    too). Those do not decay: a rare row would fade until it is read again. With "adamw": AdamW for all, at one rate.
+    Gains and biases never decay.
     """
 
     def __init__(self, model: Decoder, config: TrainConfig) -> None:
-        self.config = config
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        matrices = _inner_matrices(model) if config.optimizer == "muon" else []
-        inner = set(matrices)
-        rest = [parameter for parameter in model.parameters() if parameter not in inner]
+        muon = config.optimizer == "muon"
+        matrices = _inner_matrices(model) if muon else []
+        tables = _tables(model) if muon else []
+        apart = {*matrices, *tables}
+        rest = [parameter for parameter in model.parameters() if parameter not in apart]
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": tables, "weight_decay": 0.0, "share": config.embedding_rate / config.learning_rate},
+        ]
         adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            ],
+            [{"share": 1.0, **group} for group in groups if group["params"]],
             lr=config.learning_rate,
             betas=config.betas,
             fused=True,
         )
         self.each: list[torch.optim.Optimizer] = [adamw]
         if matrices:
+            group = {"params": matrices, "share": config.matrix_rate / config.learning_rate}
             momentum, decay = config.momentum, config.weight_decay
-            self.each.append(Muon(matrices, lr=config.matrix_rate, momentum=momentum, weight_decay=decay))
+            self.each.append(Muon([group], lr=config.matrix_rate, momentum=momentum, weight_decay=decay))
 
     def zero_grad(self) -> None:
         """Forgets all gradients."""
@@ -148,11 +158,10 @@ class Optimizers:
             optimizer.zero_grad()
 
     def step(self, rate: float) -> None:
-        """Moves every weight; `rate` is AdamW's, and Muon's is at the same share of its highest."""
+        """Moves every weight; `rate` is that of `learning_rate`, and the other rates keep their proportion to it."""
         for optimizer in self.each:
-            share = self.config.matrix_rate / self.config.learning_rate if isinstance(optimizer, Muon) else 1.0
             for group in optimizer.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * group["share"]
             optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -197,3 +206,8 @@ def stored(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 def _inner_matrices(model: Decoder) -> list[Tensor]:
     return [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+
+
+def _tables(model: Decoder) -> list[Tensor]:
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [table for table in tables if model.head is not None or table is not model.embedding.weight]

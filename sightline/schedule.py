@@ -32,16 +32,18 @@ class TrainConfig:
     """muon: Muon for the matrices inside the blocks, AdamW for all else; adamw: AdamW for everything."""
     learning_rate: float = 5e-3
     """Highest learning rate of AdamW."""
+    embedding_rate: float = 0.1
+    """Highest learning rate of AdamW for embeddings that are not the head too, and for n-grams. Not with adamw."""
     matrix_rate: float = 0.02
-    """Highest learning rate of Muon; it rises and falls with AdamW's. Without effect on adamw."""
+    """Highest learning rate of Muon; it rises and falls with AdamW's. Not with adamw."""
     momentum: float = 0.95
-    """Muon's decay rate of the running mean of the gradient. Without effect on adamw."""
+    """Muon's decay rate of the running mean of the gradient. Not with adamw."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises from 0."""
     cooldown: float = 0.5
     """Share of the run, at its end, in which the learning rate falls to 0."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of every matrix, embeddings included; gains and biases have none."""
+    """Decoupled weight decay of matrices and of the head; what embedding_rate moves, gains and biases have none."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the running mean of the gradient and of its square."""
     clip: float | None = 1.0
@@ -71,7 +73,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"expected a whole number of {name} of at least 1, got {value}")
-        for name in ("minutes", "learning_rate", "matrix_rate", "clip"):
+        for name in ("minutes", "learning_rate", "embedding_rate", "matrix_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"expected {name} above 0, got {value}")
@@ -84,7 +86,7 @@ class TrainConfig:
                 "expected shares warmup and cooldown of at least 0 that sum to at most 1, "
                 f"got {self.warmup} and {self.cooldown}"
             )
-        for name in ("matrix_rate", "momentum") if self.optimizer == "adamw" else ():
+        for name in ("embedding_rate", "matrix_rate", "momentum") if self.optimizer == "adamw" else ():
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} has no effect with the optimizer adamw: drop it, or take muon")
         if not 0 <= self.momentum < 1:

@@ -39,7 +39,7 @@ ROWS = [
     {"huggingface.families"},
     {"models"},
     {"layers"},
-    {"cache", "positions", "losses"},
+    {"cache", "positions", "losses", "ngrams"},
     {"attention"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},

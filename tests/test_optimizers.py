@@ -117,12 +117,17 @@ def moved(optimizers: Optimizers, decoder: Decoder, seed: int) -> None:
     optimizers.step(1e-3)
 
 
-def test_who_moves_what():
-    decoder = model()
+@pytest.mark.parametrize(
+    ("tied", "decayed", "tables"),
+    [(False, {"head.weight"}, {"embedding.weight"}), (True, {"embedding.weight"}, set())],
+)
+def test_who_moves_what(tied, decayed, tables):
+    decoder = Decoder(DecoderConfig.modern(tied=tied, ngrams=3, **SHAPE))
     adamw, muon = Optimizers(decoder, TrainConfig()).each
     names = {parameter: name for name, parameter in decoder.named_parameters()}
-    inner = {names[p] for group in muon.param_groups for p in group["params"]}
-    decayed, kept = ({names[p] for p in group["params"]} for group in adamw.param_groups)
+    inner, head, gains, rows = (
+        {names[p] for p in group["params"]} for group in (*muon.param_groups, *adamw.param_groups)
+    )
     assert inner == {
         f"blocks.{layer}.{part}.weight"
         for layer in range(2)
@@ -131,8 +136,10 @@ def test_who_moves_what():
             *(f"feed_forward.{name}" for name in ("gate", "up", "down")),
         )
     }
-    assert decayed == {"embedding.weight", "head.weight"}
-    assert inner | decayed | kept == set(names.values()) and all("norm" in name for name in kept)
+    assert head == decayed
+    assert rows == {"ngrams.tables.0.weight", "ngrams.tables.1.weight"} | tables
+    assert inner | head | gains | rows == set(names.values()) and all("norm" in name for name in gains)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0, 0.0]
 
 
 def test_adamw_alone_moves_everything():
@@ -142,9 +149,9 @@ def test_adamw_alone_moves_everything():
 
 
 def test_rates_keep_their_proportion():
-    optimizers = Optimizers(model(), TrainConfig(learning_rate=0.01, matrix_rate=0.04))
+    optimizers = Optimizers(model(), TrainConfig(learning_rate=0.01, embedding_rate=0.1, matrix_rate=0.04))
     optimizers.step(0.005)
-    assert [group["lr"] for each in optimizers.each for group in each.param_groups] == [0.005, 0.005, 0.02]
+    assert [group["lr"] for each in optimizers.each for group in each.param_groups] == [0.005, 0.005, 0.05, 0.02]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -173,7 +180,7 @@ def test_the_state_of_another_optimizer_is_refused():
         Optimizers(model(), TrainConfig(optimizer="adamw")).restore(optimizers.state())
 
 
-@pytest.mark.parametrize("setting", [{"matrix_rate": 0.01}, {"momentum": 0.9}])
+@pytest.mark.parametrize("setting", [{"matrix_rate": 0.01}, {"embedding_rate": 0.01}, {"momentum": 0.9}])
 def test_a_setting_without_effect_is_an_error(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} has no effect with the optimizer adamw"):
         TrainConfig(optimizer="adamw", **setting)
