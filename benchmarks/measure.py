@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import sightline
-from sightline.looking import peak_bytes as peak_bytes  # the benchmarks take it from here
+from sightline.memory import peak_bytes as peak_bytes  # the benchmarks take it from here
 
 RESULTS = Path(__file__).parent / "results"
 

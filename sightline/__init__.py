@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sightline.conversion import from_torch as from_torch
     from sightline.conversion import to_torch as to_torch
     from sightline.conversion import torch_mask as torch_mask
+    from sightline.curves import plot_run as plot_run
     from sightline.diagnosis import doctor as doctor
     from sightline.encoder import Classifier as Classifier
     from sightline.encoder import Encoder as Encoder
@@ -94,6 +95,7 @@ _LATER = {
     "page": "viewer.page",
     "plot_heads": "viewer.plots",
     "plot_positions": "viewer.plots",
+    "plot_run": "curves",
     "plot_weights": "viewer.plots",
     "record": "recording",
     "save": "checkpoints",

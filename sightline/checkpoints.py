@@ -70,9 +70,14 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def replace_text(file: Path, text: str) -> None:
     """Replaces a text file by rename: a reader sees the old text or the new one, never a part."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """Replaces a file by rename: a reader sees what it held or what it holds now, never a part."""
     temporary = file.with_name(TEMPORARY + file.name)
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         sync(temporary)
         temporary.replace(file)
         sync(file.parent)

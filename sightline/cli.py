@@ -4,16 +4,10 @@ A command's options are the fields of the dataclass that its work takes, so a de
 one command needs is imported there.
 """
 
-import ast
-import dataclasses
-import inspect
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +17,10 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Positiona
 from sightline.captures import Capture
 from sightline.checkpoints import load
 from sightline.corpora import Corpus, Errors, open_corpus
+from sightline.events import Event
 from sightline.generation import SampleConfig
-from sightline.models import Decoder, DecoderConfig
+from sightline.models import Decoder
+from sightline.options import Sampling, Shape, Training
 from sightline.schedule import TrainConfig
 from sightline.tokenizers import Kind
 from sightline.training import Preset
@@ -74,44 +70,6 @@ def demo(
     )
 
 
-def _changes(config: type, *, without: str) -> type:
-    """A dataclass with the fields of `config`, each None unless given, and the same help."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {
-        field.target.id: doc.value.value
-        for field, doc in pairwise(body.body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-    }
-    fields = [
-        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: the preset's.")], None)  # pyright: ignore
-        for field in dataclasses.fields(config)
-        if field.name != without
-    ]
-    return dataclasses.make_dataclass("Shape", fields, frozen=True, kw_only=True)
-
-
-Shape: Any = _changes(DecoderConfig, without="vocabulary")
-
-
-# The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
-@dataclass(frozen=True, kw_only=True)
-class Training(TrainConfig):
-    """How long to train, on what, and how fast the weights move."""
-
-    def __post_init__(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(SampleConfig):
-    """How the next token is drawn, and when to stop."""
-
-    def __post_init__(self) -> None: ...
-
-
 def train(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     out: Annotated[Path, arg(help="The folder of the run.")],
@@ -119,7 +77,7 @@ def train(
     model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm] (made above)  # noqa: B008 (frozen)
     tokenizer: Annotated[Kind | None, arg(help="None: words for WikiText's format, else bpe.")] = None,
     vocabulary: Annotated[int | None, arg(help="Tokens at most. None: by the amount of text.")] = None,
-    schedule: OmitArgPrefixes[Training] = Training(),
+    schedule: OmitArgPrefixes[Training] = Training(),  # noqa: B008 (frozen)
     errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
     cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
     resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
@@ -127,12 +85,13 @@ def train(
 ) -> None:
     """Train a Transformer on text, keeping its best and its latest step in a folder."""
     from sightline import training
+    from sightline.curves import LossPicture
     from sightline.progress import TrainProgress
 
     if download:
         _download(source)
     changes = {name: value for name, value in vars(model).items() if value is not None}
-    with TrainProgress() as progress:
+    with LossPicture(out) as picture, TrainProgress() as progress:
         result = training.train(
             source,
             out,
@@ -144,10 +103,35 @@ def train(
             cache=cache,
             errors=errors,
             resume=resume,
-            listener=progress,
+            listener=_each(progress, picture),
         )
     print(f"best at step {result.best_step:,}: {result.best}")
+    print(f"loss curve: {picture.drawn}")
     print(f'next: sightline generate --model {out} "Some words to start with"')
+
+
+def watch(
+    run: Annotated[Positional[Path], arg(help="The folder of a run, going on, ended or killed.")],
+    out: Annotated[Path | None, arg(help="The picture. None: loss.png in that folder.")] = None,
+) -> None:
+    """Follow a run that another process trains, and draw its loss; of a run that is over, draw the loss."""
+    from sightline.curves import LossPicture
+    from sightline.events import Ended
+    from sightline.logs import follow
+    from sightline.progress import TrainProgress
+
+    event = None
+    with LossPicture(run, out, every=10.0) as picture, TrainProgress() as progress:
+        for event in follow(run):
+            progress(event)
+            picture(event)
+    if picture.drawn is None:
+        raise ValueError(
+            f"expected a run with a loss to draw, but {run} has none: it ended before its first evaluation"
+        )
+    if not isinstance(event, Ended):
+        _note(f"no process trains {run}: it was stopped after step {event.step if event else 0:,}")
+    print(f"loss curve: {picture.drawn}")
 
 
 def evaluate(
@@ -177,7 +161,7 @@ def evaluate(
 def generate(
     model: Annotated[Path, arg(help=MODEL)],
     prompt: Annotated[Positional[str], arg(help="What the text starts with.")] = "",
-    sampling: OmitArgPrefixes[Sampling] = Sampling(),
+    sampling: OmitArgPrefixes[Sampling] = Sampling(),  # noqa: B008 (frozen)
 ) -> None:
     """Write, word by word, from a prompt."""
     from sightline import generation
@@ -224,6 +208,16 @@ def look(
         serve(captures, port=PORT if port is None else port, open_browser=not no_open and _has_screen())
     else:
         print(f"{page(captures, out)}: open it in a browser")
+
+
+def _each(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
+    """One listener that tells all of them."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def _captured(
@@ -289,7 +283,7 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, train, generate, evaluate, look, bench, doctor)
+    command.__name__: command for command in (demo, train, watch, generate, evaluate, look, bench, doctor)
 }
 
 

@@ -7,6 +7,9 @@ import time
 import warnings
 from pathlib import Path
 
+LOCK = ".lock"
+"""Its name in the folder of a run."""
+
 # What a file system that has no locks answers (some network file systems of clusters).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -52,6 +55,17 @@ class Lock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # its holder removed it between our opening and our locking
+
+    def is_held(self) -> bool:
+        """Whether a living process holds it; asked without taking it."""
+        try:
+            descriptor = os.open(self.file, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _lock(descriptor, wait=False)
+        finally:
+            os.close(descriptor)  # which also lets go
 
     def holder(self) -> str:
         """The id of the process that holds the lock, as it wrote it down."""

@@ -3,7 +3,6 @@
 Knows nothing of browsers and terminals.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from sightline.captures import Capture
 from sightline.corpora import Corpus
 from sightline.generation import SampleConfig, sample_tokens
 from sightline.inspection import capture
+from sightline.memory import peak_bytes
 from sightline.models import Decoder
 from sightline.tokenizers import Tokenizer
 
@@ -71,19 +71,6 @@ def look(
         unknown = sum(token == tokenizer.unknown for token in own)
         looks.append(Look(capture=seen, seconds=seconds, peak_bytes=peak_bytes(), unknown=unknown))
     return looks
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held so far; 0 on Windows, which does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
-        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:

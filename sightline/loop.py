@@ -16,7 +16,9 @@ from typing import Any, Literal
 from sightline.advice import Advice
 from sightline.checkpoints import load_weights, read_config
 from sightline.evaluation import Evaluation
-from sightline.runs import Ended, Evaluated, Event, RunFolder, Saved, Started, Stepped, Warned
+from sightline.events import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
+from sightline.memory import peak_bytes
+from sightline.runs import RunFolder
 from sightline.schedule import TrainConfig
 from sightline.tokenizers import Tokenizer
 from sightline.trainer import Diverged, Step, Trainer
@@ -85,7 +87,8 @@ class Run:
             raise Diverged(line) from error
         speed = self.trainer.tokens_per_second
         step, seconds = self.trainer.step, self._seconds()
-        self._tell(Ended(step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed))
+        peak = peak_bytes(self.trainer.device)
+        self._tell(Ended(step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed, peak_bytes=peak))
         assert self.start and self.best and self.best_step and self.final
         return TrainResult(
             out=self.folder.out,
@@ -194,6 +197,7 @@ class Run:
         state = {
             "step": step,
             "seconds": self._seconds(),
+            "look_seconds": self.slowest_look,
             "start": self.start and asdict(self.start),
             "best": self.best and asdict(self.best),
             "best_step": self.best_step,
@@ -238,6 +242,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"in {path / 'training.json'}: {error}") from None
         self.began -= _entry(state, "seconds", path, int | float)
+        self.slowest_look = _entry(state, "look_seconds", path, int | float)
 
     # --- What happens, told ---------------------------------------------------------------------------
 
@@ -269,6 +274,8 @@ class Run:
                 resumed=resumed,
                 steps=self.config.step_limit,
                 minutes=self.config.minutes,
+                evaluate_every=self.config.evaluate_every,
+                look_seconds=self.slowest_look,
                 parameters=trainer.model.num_parameters,
                 train_tokens=len(trainer.train_tokens.ids),
                 valid_tokens=len(trainer.valid_tokens.ids),
@@ -277,6 +284,7 @@ class Run:
                 learning_rate=self.config.learning_rate,
                 device=trainer.device.type,
                 precision=str(trainer.precision).removeprefix("torch."),
+                seconds=self._seconds(),
             )
         )
 
@@ -289,6 +297,7 @@ class Run:
                 gradient_norm=step.gradient_norm,
                 learning_rate=step.rate,
                 tokens_per_second=self.trainer.tokens_per_second,
+                peak_bytes=peak_bytes(self.trainer.device),
                 seconds=self._seconds(),
             )
         )

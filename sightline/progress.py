@@ -1,63 +1,65 @@
-"""A training run as a person follows it: a progress bar in a terminal, a line now and then elsewhere.
+"""A training run as a person follows it: a bar and its numbers in a terminal, a line now and then elsewhere.
 
 Hears the events of `runs`; knows nothing about how training works.
 """
 
+import textwrap
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from sightline.runs import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
+from sightline.events import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
+from sightline.memory import shown
+from sightline.pace import Pace
 
-# Between two lines of steps where there is no terminal.
-_QUIET_SECONDS = 10.0
-# Under this many columns the bar and the speed give way to the numbers.
-_NARROW = 70
+# Where there is no terminal, lines of steps are at least so far apart in seconds, and in shares of the run.
+_QUIET_SECONDS, _QUIET_SHARE = 10.0, 0.02
 
 
 class TrainProgress:
     """A listener for `fit` and `train` that draws what it hears, and a context that tidies up after it.
+
+    In a terminal the newest lines are drawn anew four times a second, in as many columns as there are just then.
 
     with TrainProgress() as progress:
         train("my.txt", "out", listener=progress)
 
     >>> import sys
     >>> with TrainProgress(Console(file=sys.stdout)) as progress:
-    ...     progress(Ended(step=2000, stopped="steps", seconds=75.0, tokens_per_second=20480.0))
-    ended at step 2,000 by its steps: 1:15, 20,480 tokens/s
+    ...     progress(Ended(step=2000, stopped="steps", seconds=75.0, tokens_per_second=20480.0, peak_bytes=512_000_000))
+    ended at step 2,000 by its steps: 1:15, 20,480 tokens/s, 512 MB of memory at most
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True, highlight=False) if console is None else console
+        self.pace = Pace()
         self.bits_per_byte: float | None = None
         self.loss: float | None = None
-        self._spoke = 0.0
-        narrow = self.console.width < _NARROW
-        numbers = TextColumn("{task.fields[numbers]}")
-        self._bar = Progress(
-            *([] if narrow else [BarColumn(bar_width=None)]),
-            numbers,
-            console=self.console,
-            expand=not narrow,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._narrow = narrow
-        self._task = self._bar.add_task("training", total=1.0, numbers="")
+        self._last: Stepped | None = None
+        self._heard = 0.0
+        self._spoke = time.perf_counter()
+        self._live = Live(get_renderable=lambda: self, console=self.console, transient=True)
 
     def __enter__(self) -> "TrainProgress":
-        self._bar.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""
+        self.pace.hear(event)
+        self._heard = time.perf_counter()
         if isinstance(event, Stepped):
             self._stepped(event)
         elif isinstance(event, Evaluated):
@@ -68,32 +70,71 @@ class TrainProgress:
         elif isinstance(event, Warned):
             self._say(f"warning: {event.message}")
         elif isinstance(event, Ended):
-            self._bar.update(self._task, completed=1.0)
-            self._say(
-                f"ended at step {event.step:,} by its {event.stopped}: {_clock(event.seconds)}, "
-                f"{event.tokens_per_second:,.0f} tokens/s"
-            )
+            self.pace, self._last = Pace(), None
+            self._say(_ended(event))
         else:
             assert isinstance(event, Saved)  # said by the evaluation just before it
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        started = self.pace.started
+        if started is None:
+            return
+        done = 0.0 if self._last is None else self._last.done
+        row = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        row.add_row(ProgressBar(total=1.0, completed=done), Text("  ".join([f"{done:.0%}", *self._left()])))
+        yield row
+        yield Text("\n".join(_lines(self._numbers(), options.max_width)), no_wrap=True, overflow="ellipsis")
 
     def _stepped(self, event: Stepped) -> None:
         # One batch is noisy: what is shown leans on the last twenty or so.
         self.loss = event.loss_nats if self.loss is None else 0.95 * self.loss + 0.05 * event.loss_nats
-        left = event.seconds * (1 - event.done) / max(event.done, 1e-9)
-        parts = [f"step {event.step:,}", f"loss {self.loss:.3f}"]
+        self._last = event
+        if self.console.is_terminal:
+            return
+        left = self.pace.left or 0.0
+        if self._heard - self._spoke >= max(_QUIET_SECONDS, _QUIET_SHARE * (event.seconds + left)):
+            self._say("  ".join([*self._numbers(), *self._left()]))
+
+    def _numbers(self) -> list[str]:
+        started, last = self.pace.started, self._last
+        parts = []
+        if last is not None:
+            goal = f" of {started.steps:,}" if started and started.steps else ""
+            parts = [f"step {last.step:,}{goal}", f"loss {self.loss:.3f}"]
         if self.bits_per_byte is not None:
             parts.append(f"{self.bits_per_byte:.3f} bits/byte")
-        if not self._narrow:
-            parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
-        parts.append(f"{_clock(left)} left")
-        line = "  ".join(parts)
-        self._bar.update(self._task, completed=event.done, numbers=line)
-        if not self.console.is_terminal and time.perf_counter() - self._spoke >= _QUIET_SECONDS:
-            self._say(line)
+        if last is not None:
+            parts.append(f"{last.tokens_per_second:,.0f} tokens/s")
+            parts += [shown(last.peak_bytes)] if last.peak_bytes else []
+        return [*parts, "evaluating"] if self.pace.looks else parts
+
+    def _left(self) -> list[str]:
+        left = self.pace.left
+        if left is None:
+            return []
+        return [f"{_clock(max(0.0, left - (time.perf_counter() - self._heard)))} left"]
 
     def _say(self, line: str) -> None:
         self._spoke = time.perf_counter()
-        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+        if self.console.is_terminal:
+            width = max(self.console.width, 20)
+            fold = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+            line = "\n".join(textwrap.wrap(line, width, **fold))
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+def _lines(parts: list[str], width: int) -> Iterator[str]:
+    """The parts in as few lines as hold them; a part is never broken."""
+    line = ""
+    for part in parts:
+        if line and len(line) + 2 + len(part) > width:
+            yield line
+            line = ""
+        line = f"{line}  {part}" if line else part
+    if line:
+        yield line
 
 
 def _started(event: Started) -> str:
@@ -111,6 +152,14 @@ def _evaluated(event: Evaluated) -> str:
     return (
         f"step {event.step:,}: validation loss {event.loss_nats:.4f} nats, perplexity {event.perplexity:,.2f}, "
         f"{event.bits_per_byte:.4f} bits/byte{' (best)' if event.best else ''}"
+    )
+
+
+def _ended(event: Ended) -> str:
+    memory = f", {shown(event.peak_bytes)} of memory at most" if event.peak_bytes else ""
+    return (
+        f"ended at step {event.step:,} by its {event.stopped}: {_clock(event.seconds)}, "
+        f"{event.tokens_per_second:,.0f} tokens/s{memory}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a training run: its steps, which of them is best, its log, and the events written there.
+"""The folder of a training run: its steps, which of them is best, and its log.
 
     out/
       checkpoint.json   {"best": "step-800", "latest": "step-1000"}, replaced whole
@@ -6,6 +6,7 @@
       step-900/
       step-1000/
       log.jsonl         one line an event
+      loss.png          what `curves` makes of it
       .lock             while a process writes here
 
 Kept are the best step, the latest, and the one before it, which a run goes on from where the latest is damaged. A
@@ -16,7 +17,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,103 +37,13 @@ from sightline.checkpoints import (
     write_manifest,
     write_model,
 )
-from sightline.evaluation import Evaluation
-from sightline.locks import Lock
+from sightline.events import Event, as_record
+from sightline.locks import LOCK, Lock
+from sightline.logs import record
 from sightline.models import Decoder
 
 # What a run that was stopped before its first checkpoint leaves: starting over loses nothing.
-_LOCK = ".lock"
-_OURS = {"log.jsonl", "tokens", _LOCK}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started:
-    """Training starts, or goes on after `step` steps."""
-
-    step: int
-    resumed: bool
-    steps: int | None
-    minutes: float | None
-    parameters: int
-    train_tokens: int
-    valid_tokens: int
-    batch: int
-    context: int
-    learning_rate: float
-    device: str
-    precision: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stepped:
-    """A batch was drawn and the weights moved."""
-
-    step: int
-    done: float
-    """Share of the run that is over, from 0 to 1."""
-    loss_nats: float
-    gradient_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    seconds: float
-    """Since the start of the run, those of earlier sessions included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """The validation text was scored; `best` says that no earlier step did better."""
-
-    step: int
-    best: bool
-    loss_nats: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    seconds: float
-
-    @classmethod
-    def of(cls, evaluation: Evaluation, *, step: int, best: bool, seconds: float) -> "Evaluated":
-        """The event of an evaluation."""
-        return cls(
-            step=step,
-            best=best,
-            loss_nats=evaluation.loss,
-            perplexity=evaluation.perplexity,
-            bits_per_byte=evaluation.bits_per_byte,
-            tokens=evaluation.tokens,
-            seconds=seconds,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A step was written to its folder."""
-
-    step: int
-    folder: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """Training is over: `stopped` says why."""
-
-    step: int
-    stopped: str
-    seconds: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Warned:
-    """Something about the run wants a person's attention; `message` says what, and what to do."""
-
-    step: int
-    message: str
-    seconds: float
-
-
-Event = Started | Stepped | Evaluated | Saved | Warned | Ended
+_OURS = {"log.jsonl", "loss.png", "tensorboard", "tokens", LOCK}
 
 
 class RunFolder:
@@ -152,7 +62,7 @@ class RunFolder:
         self.latest: str | None = None
         self.previous: str | None = None
         self.notes: list[str] = []
-        self._lock = Lock(self.out / _LOCK)
+        self._lock = Lock(self.out / LOCK)
         self._is_new = not self.out.exists()
         self._check(resume)
         try:
@@ -293,29 +203,19 @@ class RunFolder:
     def truncate_log(self, step: int) -> None:
         """Forgets the events after a step, which a resumed run will write again."""
         kept = []
-        lines = self._log.read_bytes().splitlines()
+        lines = self._log.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
-            try:
-                event = json.loads(line)
-            except ValueError:  # both JSONDecodeError and UnicodeDecodeError
-                if number == len(lines):
-                    break  # a kill cut the last line short
-                event = None
-            if not isinstance(event, dict) or not isinstance(event.get("step"), int):
-                raise ValueError(
-                    f"expected line {number} of {self._log} to be an event with a step, got "
-                    f"{line[:80].decode(errors='replace')!r}: remove the file, only the log is lost"
-                )
-            if event["step"] <= step:
-                kept.append(line.decode("utf-8") + "\n")
+            if number == len(lines) and not line.endswith(b"\n"):
+                break  # a kill cut the last line short
+            if record(line, number, self._log)["step"] <= step:
+                kept.append(line.decode("utf-8"))
         replace_text(self._log, "".join(kept))
 
     def log(self, event: Event) -> None:
         """Appends an event to log.jsonl, one line of JSON that is on its way to the disk at once."""
-        record = {"event": type(event).__name__.lower(), **asdict(event)}
         try:
             with self._log.open("a", encoding="utf-8", newline="\n") as log:
-                log.write(json.dumps(record) + "\n")
+                log.write(json.dumps(as_record(event)) + "\n")
         except OSError as error:
             raise ValueError(f"expected to write {self._log}, but: {error}; free some space") from error
 

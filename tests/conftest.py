@@ -1,10 +1,23 @@
 """Shared by all tests: hypothesis without deadlines, since CI machines are slow and shared."""
 
+from pathlib import Path
+
 import hypothesis
+import pytest
 import torch
+
+from sightline import curves
 
 hypothesis.settings.register_profile("sightline", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("sightline")
 
 # The tensors of the tests are tiny: a second thread only waits for the first, badly so on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Runs of the command line end without a second of drawing; `test_curves` draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw_run", lambda run, file=None: file or Path(run, curves.PICTURE))
+        yield

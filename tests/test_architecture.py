@@ -17,11 +17,12 @@ PACKAGE = ROOT / "sightline"
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"demo", "diagnosis", "bench", "looking", "progress"},
-    {"training"},
+    {"demo", "diagnosis", "bench", "looking", "progress", "options"},
+    {"training", "pace"},
     {"loop"},
-    {"trainer", "runs"},
-    {"optimizers", "viewer.server"},
+    {"trainer", "runs", "curves"},
+    {"optimizers", "logs"},
+    {"viewer.server", "events"},
     {"beams"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"viewer.manifest"},
@@ -44,7 +45,7 @@ ROWS = [
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
     {"encoding"},
-    {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice"},
+    {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory"},
     {"downloads"},
 ]
 

@@ -1,6 +1,7 @@
 """The command line as a person meets it: every command, and every bad input that must end in one clear line."""
 
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -10,19 +11,22 @@ import shutil
 import sys
 from pathlib import Path
 
+import commands
 import pytest
+from commands import check_line, run, stop_at
 
 from sightline import bench, cli, demo
 from sightline.checkpoints import save, write_manifest
-from sightline.cli import COMMANDS, main
+from sightline.cli import COMMANDS
 from sightline.models import Decoder, DecoderConfig
-from sightline.progress import TrainProgress
-from sightline.runs import Stepped
 from sightline.schedule import TrainConfig
 from sightline.tokenizers import Tokenizer
 from sightline.trainer import Trainer
 
-pytestmark = pytest.mark.filterwarnings("always::sightline.generation.ContextWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("always::sightline.generation.ContextWarning"),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 TEXT = "".join(f"line {i}: the cat sat on the mat, and the dog ran after the cat.\n" for i in range(40))
 SHAPE = ("--d-model", 16, "--num-layers", 1, "--num-heads", 2, "--context", 16)
@@ -30,23 +34,8 @@ TINY = (*SHAPE, "--steps", 4, "--batch", 2, "--evaluate-every", 2)
 CHARACTERS = ("--tokenizer", "characters")
 
 
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def check_line(command: str, code: int, out: str, err: str, *says: str) -> None:
-    """Exit code 2, nothing on stdout, and on stderr one line beside the notes, which says all of `says`."""
-    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert code == 2
-    assert out == ""
-    assert len(lines) == 1, err
-    assert lines[0].startswith(f"sightline {command}: ")
-    for part in says:
-        assert part in lines[0]
 
 
 def looked(stderr: str) -> tuple[str, ...]:
@@ -59,14 +48,7 @@ def looked(stderr: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def refused(capsys):
-    """Run a command that must end in one line, and give the line back."""
-
-    def check(*arguments, says: tuple[str, ...]) -> None:
-        capsys.readouterr()
-        code = run(*arguments)
-        check_line(arguments[0], code, *capsys.readouterr(), *says)
-
-    return check
+    return functools.partial(commands.refused, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +85,9 @@ def test_train_resume_evaluate_generate_look(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", text, "--out", out, *TINY, *CHARACTERS) == 0
     stdout, stderr = capsys.readouterr()
-    assert re.fullmatch(r"best at step \d: loss .* bits per byte \(.*\)\nnext: sightline generate --model .*\n", stdout)
+    assert re.fullmatch(
+        r"best at step \d: loss .* bits per byte \(.*\)\nloss curve: .*\nnext: sightline generate --model .*\n", stdout
+    )
     assert [line.split(":")[0] for line in stderr.splitlines()[1:-1]] == ["step 0", "step 2", "step 4"]
     assert json.loads((out / "checkpoint.json").read_text(encoding="utf-8"))["latest"] == "step-4"
 
@@ -309,7 +293,7 @@ def test_a_reader_that_goes_away_is_no_error(monkeypatch):
 
 def test_an_unknown_command(capsys):
     assert run("tarin") == 2
-    line = "sightline: there is no command 'tarin'; there are demo, train, generate, evaluate, look, bench, doctor\n"
+    line = f"sightline: there is no command 'tarin'; there are {', '.join(COMMANDS)}\n"
     assert capsys.readouterr() == ("", line)
 
 
@@ -586,17 +570,6 @@ def test_a_run_is_never_overwritten(copy, text, tmp_path, refused):
     refused(*same, "--out", copy, "--resume", "--steps", 6, "--seed", 1, says=("whose seed is 0", "got seed 1"))
     refused(*same, "--out", tmp_path / "new", "--resume", says=("holds none: leave --resume out to start one",))
     assert files(copy) == before
-
-
-def stop_at(step: int, monkeypatch) -> None:
-    """Ctrl-C when that step is told."""
-
-    def call(self, event, original=TrainProgress.__call__):
-        original(self, event)
-        if step == 0 or (isinstance(event, Stepped) and event.step == step):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainProgress, "__call__", call)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(text, trained, tmp_path, capsys):

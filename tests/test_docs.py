@@ -17,7 +17,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LONG = {"demo.md", "bench.md"}  # their commands take minutes
 
-pytestmark = pytest.mark.filterwarnings("always::sightline.generation.ContextWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("always::sightline.generation.ContextWarning"),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 def name(page: Path) -> str:

@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, full and read-only disks, damaged files, two runs in one folder."""
 
+import functools
 import json
 import os
 import random
@@ -9,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
+from commands import run, stop_at
 
-from sightline.cli import main
-from sightline.progress import TrainProgress
-from sightline.runs import Stepped
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 TEXT = "".join(
     f"line {i}: the cat sat on the mat, and the dog ran after the {['cat', 'dog', 'mat'][i % 3]}.\n" for i in range(40)
@@ -48,37 +49,16 @@ def stopped(text, tmp_path) -> Path:
     return out
 
 
-def stop_at(step: int, monkeypatch) -> None:
-    def call(self, event, original=TrainProgress.__call__):
-        original(self, event)
-        if isinstance(event, Stepped) and event.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainProgress, "__call__", call)
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments, says: tuple[str, ...]) -> None:
-    """Exit code 2 and nothing on stdout; the last line on stderr says it, the others are progress."""
-    capsys.readouterr()
-    code = run(*arguments)
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, ""), err
-    *before, line = err.splitlines()
-    assert line.startswith(f"sightline {arguments[0]}: ")
-    assert not any(other.startswith("sightline ") or "Traceback" in other for other in before)
-    for part in says:
-        assert part in line
+refused = functools.partial(commands.refused, after_progress=True)
 
 
 def events(out: Path, kind: str) -> list[dict]:
-    """What the log says of steps or evaluations, but for the clock."""
+    """What the log says of steps or evaluations, but for the clock and the memory."""
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [event for event in map(json.loads, lines) if event["event"] == kind]
-    return [{key: value for key, value in event.items() if "second" not in key} for event in found]
+    return [
+        {key: value for key, value in event.items() if "second" not in key and key != "peak_bytes"} for event in found
+    ]
 
 
 def check_same_run(out: Path, other: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from sightline import runs
 from sightline.checkpoints import load
+from sightline.events import Saved
 from sightline.models import Decoder, DecoderConfig
-from sightline.runs import RunFolder, Saved
+from sightline.runs import RunFolder
 
 
 def decoder(number=0.0):

@@ -18,8 +18,8 @@ from sightline.batches import TokenFile, TokenizedCorpus
 from sightline.checkpoints import load, write_manifest
 from sightline.corpora import open_corpus
 from sightline.evaluation import evaluate, unigram
+from sightline.events import Ended, Evaluated, Saved, Started, Stepped, Warned
 from sightline.models import Decoder, DecoderConfig
-from sightline.runs import Ended, Evaluated, Saved, Started, Stepped, Warned
 from sightline.tokenizers import Tokenizer
 from sightline.training import Diverged, Interrupted, TrainConfig, choose_tokenizer, fit, train
 

@@ -1,0 +1,55 @@
+"""How much memory this process and this machine have. Knows nothing about what fills it."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """The most memory that this process has held so far: on a GPU the GPU's, else the machine's.
+
+    0 where the system does not tell (Windows).
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # getrusage would count what the parent held when it started this process
+        return _status("VmHWM")
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def held_bytes() -> int:
+    """What this process holds of the machine's memory now; where the system does not tell, the most it has held."""
+    return _status("VmRSS") if _STATUS.exists() else peak_bytes()
+
+
+def machine_bytes(device: torch.device) -> int | None:
+    """All the memory that the device has; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def shown(size: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> shown(1_240_000_000), shown(56_000_000), shown(1200)
+    ('1.2 GB', '56 MB', '0.0 MB')
+    """
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e6:.1f} MB"
+
+
+def _status(name: str) -> int:
+    (line,) = (line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,53 @@
+"""What the command line's parser reads in place of a config: the same fields and help, checked by the command."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from sightline.generation import SampleConfig
+from sightline.models import DecoderConfig
+from sightline.schedule import TrainConfig
+
+
+def _changes(config: type, *, without: str) -> type:
+    """A dataclass with the fields of `config`, each None unless given, and the same help."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {
+        field.target.id: doc.value.value
+        for field, doc in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+    fields = [
+        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: the preset's.")], None)  # pyright: ignore
+        for field in dataclasses.fields(config)
+        if field.name != without
+    ]
+    return dataclasses.make_dataclass("Shape", fields, frozen=True, kw_only=True)
+
+
+Shape: Any = _changes(DecoderConfig, without="vocabulary")
+
+
+# The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainConfig):
+    """How long to train, on what, and how fast the weights move."""
+
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SampleConfig):
+    """How the next token is drawn, and when to stop."""
+
+    def __post_init__(self) -> None: ...
