@@ -18,6 +18,10 @@ from sightline.shapes import ShapeError as ShapeError
 if TYPE_CHECKING:
     from sightline.beams import DecodeConfig as DecodeConfig
     from sightline.beams import find_targets as find_targets
+    from sightline.bridges import to_matrices as to_matrices
+    from sightline.bridges import to_named as to_named
+    from sightline.bridges import to_numpy as to_numpy
+    from sightline.bridges import to_pandas as to_pandas
     from sightline.captures import Capture as Capture
     from sightline.checkpoints import load as load
     from sightline.checkpoints import save as save
@@ -104,6 +108,10 @@ _LATER = {
     "sinusoidal": "positions",
     "to_torch": "conversion",
     "torch_mask": "conversion",
+    "to_matrices": "bridges",
+    "to_named": "bridges",
+    "to_numpy": "bridges",
+    "to_pandas": "bridges",
     "train": "training",
 }
 _NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "ShapeError", "Window"]

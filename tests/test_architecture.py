@@ -30,7 +30,7 @@ ROWS = [
     {"inspection", "schedule", "conversion"},
     {"recording"},
     {"sequences"},
-    {"store"},
+    {"store", "bridges"},
     {"captures"},
     {"huggingface.formats"},
     {"checkpoints"},
