@@ -11,11 +11,13 @@ from sightline.masks import Bias as Bias
 from sightline.masks import Causal as Causal
 from sightline.masks import Mask as Mask
 from sightline.masks import Padding as Padding
+from sightline.masks import Segments as Segments
 from sightline.masks import Window as Window
 from sightline.observation import Observation as Observation
 from sightline.shapes import ShapeError as ShapeError
 
 if TYPE_CHECKING:
+    from sightline import huggingface as huggingface
     from sightline.beams import DecodeConfig as DecodeConfig
     from sightline.beams import find_targets as find_targets
     from sightline.bridges import to_matrices as to_matrices
@@ -114,12 +116,15 @@ _LATER = {
     "to_pandas": "bridges",
     "train": "training",
 }
-_NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "ShapeError", "Window"]
+_PACKAGES = ["huggingface"]
+_NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "Segments", "ShapeError", "Window"]
 
-__all__ = sorted([*_LATER, *_NOW, "attention", "observe"])  # pyright: ignore[reportUnsupportedDunderAll] (computed)
+__all__ = sorted([*_LATER, *_NOW, *_PACKAGES, "attention", "observe"])  # pyright: ignore[reportUnsupportedDunderAll] (computed)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"sightline.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'sightline' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"sightline.{_LATER[name]}"), name)

@@ -222,6 +222,8 @@ def choose(
     if implementation == "auto" and light and not observing:
         return Choice("sdpa", "costs least to call for so few scores")
     refusal = cpu.refusal(query, value)
+    if mask.segments is not None:
+        refusal = refusal or "it has no segments"
     if implementation == "cpu":
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")

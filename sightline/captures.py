@@ -305,6 +305,8 @@ def _at(mask: Mask, queries: Tensor, keys: Tensor, *, shift: int) -> tuple[Tenso
         hidden |= -distance > mask.after
     if mask.lengths is not None:
         hidden |= keys >= mask.lengths[0]
+    if mask.segments is not None:
+        hidden |= mask.segments[0, queries + shift] != mask.segments[0, keys]
     if mask.slopes is not None:
         bias -= mask.slopes[0].double() * distance.abs()
     for name in ("allowed", "bias"):

@@ -24,6 +24,10 @@ class Tile(NamedTuple):
     """Added to the scaled scores, broadcastable likewise."""
 
 
+TENSORS = ("lengths", "allowed", "bias", "slopes", "segments")
+"""The fields of a mask that are tensors."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mask:
     """What `Causal()`, `Window()` and the others fill in, and `&` merges field by field.
@@ -49,6 +53,8 @@ class Mask:
     """float, added to the scaled scores, broadcastable likewise."""
     slopes: Tensor | None = None
     """(heads): -slope * distance is added to the scaled scores."""
+    segments: Tensor | None = None
+    """(batch keys): a query sees the keys of the segment that its own position is in, and no others."""
 
     def __and__(self, other: "Mask") -> "Mask":
         """Attend where both masks allow it; biases and slopes add up."""
@@ -59,6 +65,7 @@ class Mask:
             allowed=_merge(self.allowed, other.allowed, torch.logical_and),
             bias=_merge(self.bias, other.bias, torch.add),
             slopes=_merge(self.slopes, other.slopes, torch.add),
+            segments=_merge(self.segments, other.segments, _intersections),
         )
 
     def __str__(self) -> str:
@@ -72,11 +79,11 @@ class Mask:
     @property
     def is_positional(self) -> bool:
         """Something depends on where the query and the key stand."""
-        return self.before is not None or self.after is not None or self.slopes is not None
+        return any(part is not None for part in (self.before, self.after, self.slopes, self.segments))
 
     @property
     def has_tensors(self) -> bool:
-        return self.lengths is not None or self.allowed is not None or self.bias is not None
+        return any(t is not None for t in (self.lengths, self.allowed, self.bias, self.segments))
 
     def with_heads(self) -> "Mask":
         """The mask of a call on (batch length width) tensors, for the same call with an axis of one head.
@@ -86,11 +93,22 @@ class Mask:
         allowed, bias = (t.unsqueeze(1) if t is not None and t.ndim == 3 else t for t in (self.allowed, self.bias))
         return replace(Mask(**vars(self)), allowed=allowed, bias=bias)
 
+    def to(self, device: torch.device) -> "Mask":
+        """The same mask with its tensors on a device."""
+        moved = {name: tensor.to(device) for name in TENSORS if (tensor := getattr(self, name)) is not None}
+        return Mask(**(vars(self) | moved)) if moved else self
+
     def span(self, first: int, last: int, *, queries: int, keys: int) -> tuple[int, int]:
         """The keys [start, stop) that queries [first, last) can see by position; start == stop for none."""
         offset = keys - queries
         start = 0 if self.before is None else max(0, first + offset - self.before)
         stop = keys if self.after is None else min(keys, last + offset + self.after)
+        if self.segments is not None and start < stop:
+            own = self.segments[:, first + offset : last + offset]
+            least, most = own.amin(1, keepdim=True), own.amax(1, keepdim=True)
+            seen = (self.segments[:, start:stop] >= least) & (self.segments[:, start:stop] <= most)
+            near = seen.any(0).nonzero().flatten()
+            start, stop = (start + int(near[0]), start + int(near[-1]) + 1) if len(near) else (0, 0)
         return (start, stop) if start < stop else (0, 0)
 
     def tile(
@@ -122,13 +140,20 @@ class Mask:
         if self.lengths is not None:
             exists = torch.arange(start, stop, device=device) < self.lengths[:, None, None, None]
             allowed = _merge(allowed, exists, torch.logical_and)
+        if self.segments is not None:
+            own = self.segments[:, None, first:last, None] == self.segments[:, None, None, start:stop]
+            allowed = _merge(allowed, own, torch.logical_and)
         return Tile(allowed, None if bias is None else bias.to(dtype))
 
     def window(self, rows: tuple[int, int], columns: tuple[int, int]) -> "Mask":
-        """The mask of queries [rows) and keys [columns) alone; where they stand is the caller's to know."""
+        """The mask of queries [rows) and keys [columns) alone; where they stand is the caller's to know.
+
+        Segments are those of the keys: right where the queries are the newest of them.
+        """
         lengths = None if self.lengths is None else (self.lengths - columns[0]).clamp(0, columns[1] - columns[0])
         allowed, bias = _cut(self.allowed, rows, columns), _cut(self.bias, rows, columns)
-        return replace(Mask(**vars(self)), lengths=lengths, allowed=allowed, bias=bias)
+        segments = None if self.segments is None else self.segments[:, slice(*columns)]
+        return replace(Mask(**vars(self)), lengths=lengths, allowed=allowed, bias=bias, segments=segments)
 
     def dense(
         self,
@@ -175,7 +200,15 @@ class Mask:
             raise ShapeError(f"mask: Padding has {len(self.lengths)} lengths but the call has batch {batch}")
         if self.slopes is not None and self.slopes.shape != (heads,):
             raise ShapeError(f"mask: ALiBi has {len(self.slopes)} slopes but the call has {heads} heads")
-        for name in ("lengths", "allowed", "bias", "slopes"):
+        if self.segments is not None:
+            if self.segments.shape != (batch, keys):
+                words = f"{tuple(self.segments.shape)} but the call has batch {batch} and {keys} keys"
+                raise ShapeError(f"mask: Segments has numbers of shape {words}")
+            if queries > keys:
+                raise ShapeError(
+                    f"mask: Segments needs a key at every query's position: {queries} queries, {keys} keys"
+                )
+        for name in TENSORS:
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"mask: {name} is on {tensor.device} but query on {device}; move it there")
@@ -229,6 +262,27 @@ class Padding(Mask):
         super().__init__(lengths=tensor)
 
 
+class Segments(Mask):
+    """Texts that stand one behind the other in a row of tokens, or chunks of one: none sees another.
+
+    A query sees the keys whose number is that of its own position. Compose with `Causal()`. Not in the native
+    kernel: `tiled` takes such calls, and passes over the keys of other segments.
+
+    >>> print((Causal() & Segments(torch.tensor([[0, 0, 1, 1]]))).draw(queries=4, keys=4))
+    # . . .
+    # # . .
+    . . # .
+    . . # #
+    """
+
+    def __init__(self, segments: Tensor) -> None:
+        if segments.ndim != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
+            raise ValueError(
+                f"Segments: expected whole numbers (batch keys), got {segments.dtype} {tuple(segments.shape)}"
+            )
+        super().__init__(segments=segments)
+
+
 class Allowed(Mask):
     """An explicit bool tensor, True where the query may attend; broadcastable to (batch heads queries keys)."""
 
@@ -278,6 +332,11 @@ def _merge(left: Tensor | None, right: Tensor | None, combine: Callable[[Tensor,
     if left is None or right is None:
         return right if left is None else left
     return combine(left, right)
+
+
+def _intersections(left: Tensor, right: Tensor) -> Tensor:
+    """Numbers that are equal where both are, in the order of the left ones."""
+    return left * (right.amax() - right.amin() + 1) + right - right.amin()
 
 
 def _cut(tensor: Tensor | None, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor | None:

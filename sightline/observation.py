@@ -145,7 +145,7 @@ class Observation:
         position = rows[0] + key.shape[-2] - query.shape[-2] - columns[0]
         window = query[..., slice(*rows), :], key[..., slice(*columns), :], logsumexp[..., slice(*rows)]
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "position": position, "block": block}
-        if cpu.refusal(query, key):
+        if mask.segments is not None or cpu.refusal(query, key):
             found = tiled.pool(
                 *window, self._rest(rows[0], columns[0]), before=mask.before, after=mask.after, **options
             )

@@ -263,4 +263,6 @@ def _blocks(values: Tensor, level: int) -> Tensor:
 
 def _by_query(mask: Mask) -> bool:
     """A tensor of the mask tells queries apart."""
-    return any(tensor is not None and tensor.shape[-2] > 1 for tensor in (mask.allowed, mask.bias))
+    return mask.segments is not None or any(
+        tensor is not None and tensor.shape[-2] > 1 for tensor in (mask.allowed, mask.bias)
+    )

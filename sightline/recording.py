@@ -265,8 +265,8 @@ def _window(
     own = slice(number, number + 1)
     parts: dict[str, Any] = {
         name: tensor[own]
-        for name in ("lengths", "allowed", "bias")
-        if (tensor := getattr(mask, name)) is not None and (name == "lengths" or tensor.ndim == 4) and len(tensor) > 1
+        for name, axes in (("lengths", 1), ("segments", 2), ("allowed", 4), ("bias", 4))
+        if (tensor := getattr(mask, name)) is not None and tensor.ndim == axes and len(tensor) > 1
     }
     mask = Mask(**(vars(mask) | parts)).window(rows, columns)
     if mask.lengths is not None and int(mask.lengths) >= columns[1] - columns[0]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sightline.captures import AXES, Capture
 from sightline.checkpoints import read_json, whole
-from sightline.masks import Mask
+from sightline.masks import TENSORS, Mask
 
 FORMAT = 1
 MEMORY = 512 * 2**20
@@ -251,7 +251,7 @@ def _masks(file: Path, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     masks = [dict(mask) for mask in said["masks"]]
     for name, tensor in tensors.items():
         row, _, part = name.partition(".")
-        if not row.isdecimal() or int(row) >= len(masks) or part not in ("lengths", "allowed", "bias", "slopes"):
+        if not row.isdecimal() or int(row) >= len(masks) or part not in TENSORS:
             raise ValueError(f"expected no tensor {name} in {file}: its files are of two captures")
         masks[int(row)][part] = tensor
     return tuple(Mask(**mask) for mask in masks)

@@ -9,7 +9,7 @@ from oracle import Case, assert_as_accurate, draw, exactly
 
 from sightline.attention import attention, choose
 from sightline.kernels import cpu
-from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.shapes import ShapeError
 
 MASKS = {
@@ -24,6 +24,7 @@ MASKS = {
     "bias": Bias(torch.randn(2, 1, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(2))),
     "bias of -inf": Bias(torch.zeros(7, 11).masked_fill(torch.arange(11) < 4, -torch.inf)),
     "alibi": ALiBi(4) & Causal(),
+    "segments": Segments(torch.tensor([[0] * 6 + [1] * 5, [3] * 9 + [2] * 2])) & Causal(),
 }
 OPTIONS = {
     "plain": {},

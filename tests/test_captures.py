@@ -8,7 +8,7 @@ import torch
 from captures import HEADS, structured
 
 from sightline.inspection import capture
-from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.models import Decoder, DecoderConfig
 from sightline.viewer import page as page_module
 from sightline.viewer.page import page
@@ -84,11 +84,12 @@ def test_the_newest_queries_score_what_they_would_in_the_whole():
         {"mask": Bias(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)).clamp(-1).sub(0.5).log())},
         {"mask": Allowed(torch.rand(1, 4, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.5)},
         {"mask": Allowed(torch.rand(1, 1, 1, 10, generator=torch.Generator().manual_seed(0)) > 0.5)},
+        {"mask": Causal() & Segments(torch.arange(10)[None] // 4)},
         {"softcap": 2.0},
         {"sinks": torch.tensor([0.0, 1.0, 2.0, 3.0])},
         {"tokens": ("f", "g"), "keys": tuple("abcdefg")},
     ],
-    ids=["causal", "window", "padding", "slopes", "bias", "allowed", "keys", "softcap", "sinks", "newest"],
+    ids=["causal", "window", "padding", "slopes", "bias", "allowed", "keys", "segments", "softcap", "sinks", "newest"],
 )
 def test_single_weights_are_those_of_the_matrix(options, monkeypatch):
     monkeypatch.setattr("sightline.captures.PAIRS", 7)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.shapes import ShapeError
 
 limits = st.none() | st.integers(0, 9)
@@ -15,6 +15,7 @@ recipes = st.builds(
     limits,
     st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=1),
 )
+segments = st.lists(st.integers(-2, 2), min_size=9, max_size=9).map(lambda numbers: torch.tensor([numbers]))
 
 
 def picture(mask: Mask, queries: int, keys: int) -> list[list[bool]]:
@@ -31,6 +32,8 @@ def picture(mask: Mask, queries: int, keys: int) -> list[list[bool]]:
         (Padding([1]) & Causal(), 2, 2, "# .\n# ."),
         (Allowed(torch.tensor([[True, False]])), 2, 2, "# .\n# ."),
         (Bias(torch.tensor([[0.0, -torch.inf]])), 1, 2, "# ."),
+        (Segments(torch.tensor([[5, 5, 2]])), 3, 3, "# # .\n# # .\n. . #"),
+        (Segments(torch.tensor([[0, 1, 1, 0]])) & Causal(), 2, 4, ". # # .\n# . . #"),
     ],
 )
 def test_drawings(mask, queries, keys, expected):
@@ -64,6 +67,28 @@ def test_and_allows_what_both_allow_in_either_order(left, right, queries, keys):
     assert picture(left & right, queries, keys) == both == picture(right & left, queries, keys)
 
 
+@given(recipes, segments, segments, st.integers(1, 9), st.integers(1, 9), st.data())
+def test_segments_see_their_own_in_any_tile_span_and_window(mask, one, other, queries, keys, data):
+    queries = min(queries, keys)
+    one, other = Segments(one[:, :keys]), Segments(other[:, :keys])
+    numbers = torch.stack([one.segments[0], other.segments[0]])
+    same = (numbers[:, keys - queries :, None] == numbers[:, None]).all(0)
+    whole = torch.tensor(picture(mask, queries, keys)) & same
+    both = mask & one & other
+    assert picture(both, queries, keys) == whole.tolist()
+    first = data.draw(st.integers(0, queries - 1))
+    start, stop = both.span(first, first + 1, queries=queries, keys=keys)
+    assert not whole[first, :start].any() and not whole[first, stop:].any()
+    newest = both.window((first, queries), (first, keys))
+    assert picture(newest, queries - first, keys - first) == whole[first:, first:].tolist()
+
+
+def test_segments_hold_a_key_for_every_query():
+    with pytest.raises(ShapeError, match="5 queries, 4 keys"):
+        mask = Segments(torch.zeros(1, 4, dtype=torch.int64))
+        mask.check(batch=1, heads=1, queries=5, keys=4, device=torch.device("cpu"))
+
+
 def test_biases_and_slopes_add_up():
     mask = Bias(torch.ones(2, 2)) & Bias(torch.full((2, 2), 2.0)) & ALiBi(1)
     _, bias = mask.dense(2, 2, dtype=torch.float64)
@@ -85,6 +110,8 @@ def test_alibi_slopes_are_those_of_the_paper():
         (lambda: Allowed(torch.ones(2, 2)), "expected a bool tensor, got torch.float32; use .bool"),
         (lambda: Bias(torch.ones(2, 2, dtype=torch.bool)), "expected a float tensor, got torch.bool; use Allowed"),
         (lambda: ALiBi(0), "at least one head, got 0"),
+        (lambda: Segments(torch.zeros(1, 3)), "expected whole numbers .batch keys., got torch.float32"),
+        (lambda: Segments(torch.zeros(3, dtype=torch.int64)), "got torch.int64 .3,."),
     ],
 )
 def test_what_cannot_be_a_mask_says_why(make, message):
@@ -100,6 +127,7 @@ def test_what_cannot_be_a_mask_says_why(make, message):
         (Bias(torch.ones(3, 2, 4)), "bias has 3 axes"),
         (Padding([1, 2, 3]), "3 lengths but the call has batch 2"),
         (ALiBi(8), "8 slopes but the call has 1 heads"),
+        (Segments(torch.zeros(2, 3, dtype=torch.int64)), "shape .2, 3. but the call has batch 2 and 4 keys"),
     ],
 )
 def test_a_mask_of_another_call_is_refused(mask, message):

@@ -12,7 +12,7 @@ from test_attention import MASKS, OPTIONS
 
 from sightline.attention import attention, observe
 from sightline.kernels import cpu
-from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Segments, Window
 
 FACTS = ("output", "logsumexp", "entropy", "distance", "sink", "top_weights", "received")
 
@@ -222,6 +222,7 @@ def test_nothing_to_see(name, queries, keys):
             Window(before=20, after=3) & ALiBi(4),
             Padding([40, 1]),
             Bias(torch.linspace(-3, 3, 90)[None]) & Causal(),
+            Segments(torch.arange(90)[None].expand(2, -1) // 20) & Causal(),
         ]
     ),
     softcap=st.sampled_from([None, 2.0]),
@@ -232,6 +233,8 @@ def test_pooled_windows_are_pooled_weights(implementation, lengths, block, corne
     queries, keys = lengths
     if mask.bias is not None:
         mask = Mask(**(vars(mask) | {"bias": mask.bias[:, :keys]}))
+    if mask.segments is not None:
+        mask, queries = Mask(**(vars(mask) | {"segments": mask.segments[:, :keys]})), min(queries, keys)
     case = draw(queries=queries, keys=keys)
     rows = slice(*sorted(round(corner * queries) for corner in corners[:2]))
     columns = slice(*sorted(round(corner * keys) for corner in corners[2:]))

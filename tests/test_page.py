@@ -13,7 +13,7 @@ import torch
 from captures import structured
 
 from sightline.inspection import capture
-from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.models import Decoder, DecoderConfig
 from sightline.pyramid import Pyramid
 from sightline.viewer import page as page_module
@@ -113,12 +113,26 @@ def recomputed(html: str, layer: int, head: int) -> np.ndarray:
         structured(mask=Causal() & Mask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]))),
         structured(mask=Bias(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))),
         structured(mask=Causal() & Allowed(torch.rand(1, 4, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.5)),
+        structured(mask=Causal() & Segments(torch.arange(10)[None] // 4)),
         structured(softcap=2.0),
         structured(sinks=torch.tensor([0.0, 1.0, 2.0, 3.0])),
         structured(("x", "y", "z"), keys=tuple("abcdefg"), mask=Mask()),
         structured(("f", "g"), keys=tuple("abcdefg")),
     ],
-    ids=["causal", "full", "window", "padding", "slopes", "bias", "allowed", "softcap", "sinks", "cross", "newest"],
+    ids=[
+        "causal",
+        "full",
+        "window",
+        "padding",
+        "slopes",
+        "bias",
+        "allowed",
+        "segments",
+        "softcap",
+        "sinks",
+        "cross",
+        "newest",
+    ],
 )
 def test_the_page_holds_what_the_weights_need(seen):
     html = page(seen)

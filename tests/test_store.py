@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sightline import store
 from sightline.captures import AXES, Capture
 from sightline.inspection import capture
-from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.models import Decoder, DecoderConfig
 from sightline.store import Store, load_capture, save_capture
 
@@ -51,9 +51,10 @@ def test_the_comparison_can_fail():
         structured(mask=Window(before=1, after=2) & Padding([7])),
         structured(mask=Causal() & Mask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]))),
         structured(mask=Bias(torch.randn(1, 1, 10, 1)) & Allowed(torch.rand(1, 4, 10, 10) > 0.5)),
+        structured(mask=Causal() & Segments(torch.arange(10)[None] // 4)),
         structured(softcap=2.0).select([(3, 1), (0, 2)]),
     ],
-    ids=["causal", "cross", "padding", "slopes", "tensors", "softcap and chosen"],
+    ids=["causal", "cross", "padding", "slopes", "tensors", "segments", "softcap and chosen"],
 )
 def test_what_was_saved_comes_back(seen, tmp_path):
     folder = save_capture(seen, tmp_path / "seen")

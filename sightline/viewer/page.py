@@ -163,9 +163,12 @@ def _arrays(pyramid: Pyramid) -> Iterator[tuple[str, np.ndarray]]:
 def _extra(capture: Capture, layer: int, head: int) -> Tensor | None:
     """What a mask says in tensors, as one number to add to each score: (queries or 1, keys or 1)."""
     mask = capture.mask(layer, head)
-    if mask.allowed is None and mask.bias is None:
+    if mask.allowed is None and mask.bias is None and mask.segments is None:
         return None
     extra = torch.zeros(1, 1)
+    if mask.segments is not None:
+        queries, keys = mask.segments[0, capture.shift :], mask.segments[0]
+        extra = torch.where(queries[:, None] == keys, 0.0, -torch.inf)
     if mask.bias is not None:
         extra = extra + mask.bias.float().reshape(mask.bias.shape[-2:])
     if mask.allowed is not None:

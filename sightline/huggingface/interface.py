@@ -1,0 +1,205 @@
+"""`enable()`: Sightline's attention under the name "sightline" in transformers, and what it refuses.
+
+A model whose attention goes through transformers' `AttentionInterface` then runs on `attention()`, or on `observe()`
+where somebody looks. Needs transformers 4.56 or newer.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sightline.attention import attention, observe
+from sightline.huggingface.recipes import Recipe, recipe_mask
+from sightline.masks import Allowed, Bias, Causal, Mask
+from sightline.observation import Observation
+
+NAME = "sightline"
+"""Names that hold flash, sdpa, flex_attention or a slash mean something to transformers."""
+OLDEST = (4, 56)
+
+HARMLESS = {
+    "sliding_window",  # the mask says it, and eager attention reads it there
+    "cache_position",
+    "deterministic",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_value",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+    # Lengths of packed texts, which the positions say too; vision models cut at them themselves.
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}
+"""Arguments that change no score. Any other that is not None is refused."""
+
+
+class Watcher(Protocol):
+    """Somebody who looks at the attention of some modules."""
+
+    def options(self, module: nn.Module) -> dict[str, Any] | None:
+        """How `observe()` is to look; None: not at this module."""
+        ...
+
+    def keep(self, module: nn.Module, seen: Observation, recipe: Recipe | None, sinks: Tensor | None) -> None: ...
+
+
+WATCHERS: list[Watcher] = []
+"""Those who look now, in the order in which they came."""
+_ASKING: list[nn.Module] = []
+"""Models that are in a call with `output_attentions=True`: many do not tell their layers."""
+
+
+def enable() -> None:
+    """Make `attn_implementation="sightline"` known to transformers; again costs nothing.
+
+    From then on `from_pretrained(path, attn_implementation="sightline")` and `set_attn_implementation("sightline")`
+    give a model that computes with `attention()`: the results of "eager", to rounding, in O(N) memory. A query that
+    may see no key (padding) gives zeros, where eager attention gives it the mean of all keys. Under `torch.compile`
+    attention is a break in the graph; with `fullgraph=True` it is refused.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 4.56.
+
+    A model that cannot run on it raises ValueError at once: when it is made, if its attention does not go through the
+    interface; when it is called, if it passes arguments that change scores and are not known.
+    """
+    transformers = _transformers()
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+    if NAME in AttentionInterface().valid_keys():
+        return
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(recipe_mask))
+    # Without this, transformers would leave a model that it cannot change as it is, and say so in its log at most.
+    for name in ("_check_and_adjust_attn_implementation", "set_attn_implementation"):
+        setattr(PreTrainedModel, name, _checked(getattr(PreTrainedModel, name)))
+    del transformers
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("sightline.huggingface needs transformers: pip install 'sightline[transformers]'") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST:
+        raise ImportError(
+            f"sightline.huggingface needs transformers 4.56 or newer, and {transformers.__version__} is installed: "
+            "pip install --upgrade 'sightline[transformers]'"
+        )
+    return transformers
+
+
+def _checked(method: Callable) -> Callable:
+    """A method of models that takes the name of an attention, for those that can have ours."""
+
+    @wraps(method)
+    def checked(self: Any, attn_implementation: Any, *arguments: Any, **options: Any) -> Any:
+        if attn_implementation == NAME and not self._can_set_attn_implementation():
+            raise ValueError(
+                f"attn_implementation 'sightline': the attention of {type(self).__name__} does not go through "
+                "transformers' AttentionInterface, so nothing else can take its place; use 'eager' for this model"
+            )
+        if attn_implementation == NAME and _listen not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_listen, with_kwargs=True)
+            self.register_forward_hook(_forget, with_kwargs=True, always_call=True)
+        return method(self, attn_implementation, *arguments, **options)
+
+    return checked
+
+
+@torch.compiler.disable
+def _listen(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if options.get("output_attentions"):
+        _ASKING.append(model)
+
+
+@torch.compiler.disable
+def _forget(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+    if model in _ASKING:
+        _ASKING.remove(model)
+
+
+@torch.compiler.disable
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, Observation | None]:
+    """Attention as transformers calls it: tensors (batch heads length width) in, (batch length heads width) out."""
+    _refuse(module, others)
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    mask, keys = _mask(attention_mask, query, key, causal=causal)
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    if position_bias is not None:
+        mask = mask & Bias(position_bias[..., :keys])
+    sinks = None if s_aux is None else s_aux.flatten()
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
+    looking = [(watcher, how) for watcher in WATCHERS if (how := watcher.options(module)) is not None]
+    asked = output_attentions or bool(_ASKING)
+    if not looking and not asked:
+        return _outward(attention(query, key, value, mask, dropout=dropout, **options)), None
+    if dropout:
+        raise ValueError("attention with dropout cannot be observed: call model.eval(), or do not look while training")
+    options |= looking[0][1] if looking else {"map_block": 0}
+    seen = observe(query, key, value, mask, **options)
+    for watcher, _ in looking:
+        watcher.keep(module, seen, attention_mask if isinstance(attention_mask, Recipe) else None, sinks)
+    return _outward(seen.output), seen if asked else None
+
+
+def _outward(output: Tensor) -> Tensor:
+    return output.transpose(1, 2).contiguous()
+
+
+def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value is not None and name not in HARMLESS:
+            raise ValueError(
+                f"attn_implementation 'sightline': {type(module).__name__} passes {name!r}, which may change its "
+                "scores in a way that is not known here; use attn_implementation='eager' for this model"
+            )
+
+
+def _mask(given: Tensor | None, query: Tensor, key: Tensor, *, causal: bool) -> tuple[Mask, int]:
+    """The mask of a call, and how many of its keys exist."""
+    queries, keys = query.shape[2], key.shape[2]
+    if given is None:
+        # As in transformers' own: one query sees all keys, and others start where the keys do.
+        causal = causal and queries > 1
+        return (Causal(), min(queries, keys)) if causal else (Mask(), keys)
+    if isinstance(given, Recipe):
+        if given.queries != queries or given.keys > keys:
+            raise ValueError(
+                f"attn_implementation 'sightline': the mask is of {given.queries} queries and {given.keys} keys, but "
+                f"the call has {queries} and {keys}; this model needs another implementation"
+            )
+        return given.mask.to(query.device), given.keys
+    if given.ndim != 4:
+        raise ValueError(
+            f"attn_implementation 'sightline': expected a mask of 4 axes, got {tuple(given.shape)}; this model needs "
+            "another implementation"
+        )
+    given = given[..., :keys]
+    return Allowed(given) if given.dtype == torch.bool else Bias(given), keys
