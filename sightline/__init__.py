@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sightline.bridges import to_numpy as to_numpy
     from sightline.bridges import to_pandas as to_pandas
     from sightline.captures import Capture as Capture
+    from sightline.checking.checks import CheckConfig as CheckConfig
+    from sightline.checking.checks import check as check
     from sightline.checkpoints import load as load
     from sightline.checkpoints import save as save
     from sightline.conversion import from_torch as from_torch
@@ -70,6 +72,7 @@ __version__ = "0.2.0"
 # Imported when first asked for, so that `import sightline` costs little more than `import torch`.
 _LATER = {
     "Capture": "captures",
+    "CheckConfig": "checking.checks",
     "Classifier": "encoder",
     "DecodeConfig": "beams",
     "Decoder": "models",
@@ -90,6 +93,7 @@ _LATER = {
     "Tokenizer": "tokenizers",
     "TrainConfig": "training",
     "capture": "inspection",
+    "check": "checking.checks",
     "doctor": "diagnosis",
     "evaluate": "evaluation",
     "find_targets": "beams",

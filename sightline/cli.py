@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
 
 from sightline.captures import Capture
+from sightline.checking.command import check
 from sightline.checkpoints import load
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.events import Event
@@ -283,12 +284,12 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, train, watch, generate, evaluate, look, bench, doctor)
+    command.__name__: command for command in (demo, train, watch, generate, evaluate, look, check, bench, doctor)
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it went well, 2 for a mistake that a line explains, 130 after Ctrl-C."""
+    """Run one command; 0: it went well, 1: `check` finds a fault, 2: a mistake that a line explains, 130: Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else "--help"
     where = f"sightline {name}" if name in COMMANDS else "sightline"
