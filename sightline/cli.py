@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,16 +84,19 @@ def train(
     cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
     resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
     download: Annotated[bool, arg(help="Fetch the named corpus first; says what and from where.")] = False,
+    log: Annotated[Literal["tensorboard"] | None, arg(help="Write TensorBoard's files into the folder too.")] = None,
 ) -> None:
     """Train a Transformer on text, keeping its best and its latest step in a folder."""
     from sightline import training
     from sightline.curves import LossPicture
     from sightline.progress import TrainProgress
+    from sightline.tensorboard import TensorBoard
 
+    board = nullcontext() if log is None else TensorBoard(out)
     if download:
         _download(source)
     changes = {name: value for name, value in vars(model).items() if value is not None}
-    with LossPicture(out) as picture, TrainProgress() as progress:
+    with LossPicture(out) as picture, board as board, TrainProgress() as progress:
         result = training.train(
             source,
             out,
@@ -104,7 +108,7 @@ def train(
             cache=cache,
             errors=errors,
             resume=resume,
-            listener=_each(progress, picture),
+            listener=_each(picture, *([board] if board else []), progress),
         )
     print(f"best at step {result.best_step:,}: {result.best}")
     print(f"loss curve: {picture.drawn}")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sightline"
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"demo", "diagnosis", "bench", "looking", "progress", "options"},
+    {"demo", "diagnosis", "bench", "looking", "progress", "options", "tensorboard"},
     {"checking.command"},
     {"checking.checks"},
     {"checking.attention_laws", "checking.encoding_laws", "checking.module_laws"},
