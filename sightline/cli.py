@@ -193,7 +193,7 @@ def look(
     from sightline.store import load_capture
     from sightline.viewer.manifest import parse_heads
     from sightline.viewer.page import page
-    from sightline.viewer.server import PORT, serve
+    from sightline.viewer.server import PORT, follow
 
     if out is not None and (port is not None or no_open):
         raise ValueError("--out writes a page and serves none: drop --port and --no-open, or --out")
@@ -202,16 +202,19 @@ def look(
     if heads is not None:
         parse_heads(heads)  # before the work
     if capture is None:
-        captures = _captured(model, text, compare, errors, tokens=tokens, layers=layers, write=write, folder=save)
+        options = {"tokens": tokens, "layers": layers, "write": write, "live": out is None}
+        stages = _stages(model, text, compare, errors, folder=save, **options)
     elif any((model, text, tokens, layers, write, compare, save)):
         raise ValueError("--capture is a capture already: of the others only --heads, --out, --port and --no-open go")
     else:
-        captures = {str(capture): load_capture(capture)}
+        stages = iter([({str(capture): load_capture(capture)}, None)])
     if heads is not None:
-        captures = {name: seen.select(parse_heads(heads)) for name, seen in captures.items()}
+        chosen = parse_heads(heads)
+        stages = (({name: seen.select(chosen) for name, seen in captures.items()}, goal) for captures, goal in stages)
     if out is None:
-        serve(captures, port=PORT if port is None else port, open_browser=not no_open and _has_screen())
+        follow(stages, port=PORT if port is None else port, open_browser=not no_open and _has_screen())
     else:
+        ((captures, _),) = stages
         print(f"{page(captures, out)}: open it in a browser")
 
 
@@ -225,11 +228,11 @@ def _each(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
     return tell
 
 
-def _captured(
+def _stages(
     model: Path | None, text: str | None, compare: Path | None, errors: Errors, *, folder: Path | None, **options: Any
-) -> dict[str, Capture]:
-    """What the models see, by their names; tells how long it took."""
-    from sightline import looking
+) -> Iterator[tuple[dict[str, Capture], int | None]]:
+    """What the models see, by their names."""
+    from sightline.looking import stages
 
     if model is None or text is None:
         raise ValueError("look needs --model and --text, or the --capture that it saved before")
@@ -237,25 +240,8 @@ def _captured(
         raise ValueError("--save saves one capture: save each model's on its own, without --compare")
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
-    folders = [model] if compare is None else [model, compare]
-    models = [_load(one) for one in folders]
-    corpus = _open(text, errors)
-    captures = {}
-    for name, one, look in zip(folders, models, looking.look(models, corpus, folder=folder, **options), strict=True):
-        seen, count = look.capture, len(look.capture.tokens)
-        given = count if seen.prompt is None else seen.prompt
-        wrote = f" and {count - given:,} that the model wrote" if count > given else ""
-        _note(
-            f"captured the first {given:,} tokens of {corpus.name}{wrote} in {look.seconds:.1f} s, "
-            f"with {look.peak_bytes / 1e9:.1f} GB of memory at most"
-        )
-        if look.unknown:
-            assert one.tokenizer is not None
-            _note(f"{look.unknown:,} of them are <unk>: {one.tokenizer.kind} that the model's vocabulary lacks")
-        captures[str(name)] = seen
-    if folder is not None:
-        _note(f"saved: sightline look --capture {folder} shows it again")
-    return captures
+    models = {str(one): _load(one) for one in (model, compare) if one is not None}
+    return stages(models, _open(text, errors), tell=_note, folder=folder, **options)
 
 
 def _has_screen() -> bool:

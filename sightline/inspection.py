@@ -3,9 +3,10 @@
 Between the model and whatever draws it. Knows nothing of browsers and figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from sightline.captures import Capture
 from sightline.layers import MultiHeadAttention
 from sightline.models import Decoder, evaluating
-from sightline.recording import record
+from sightline.recording import Recorder, record
 from sightline.store import load_capture, new_folder, write_description
 
 if TYPE_CHECKING:
@@ -50,29 +51,43 @@ def capture(
     >>> seen.layers, tuple(seen.entropy.shape)
     ((1,), (1, 4, 5))
     """
-    modules = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
-    chosen = _chosen(layers, len(modules))
     ids = _ids(model, text_or_tokens)
     if prompt is not None and not 0 <= prompt <= len(ids):
         raise ValueError(f"capture: prompt must be from 0 to the {len(ids)} tokens there are, got {prompt}")
 
     def seen(file: Path | None) -> Capture:
-        watched = [modules[layer] for layer in chosen]
-        with evaluating(model), record(watched, chosen, top=top, map_block=map_block, file=file) as recorder:
+        with evaluating(model), watched(model, layers, top=top, map_block=map_block, file=file) as recorder:
             model.features(torch.tensor([ids], device=model.embedding.weight.device))
-        return recorder.capture(
-            texts(model.tokenizer, ids),
-            model=_description(model),
-            ids=ids,
-            separator=" " if model.tokenizer is None or model.tokenizer.kind == "words" else "",
-            prompt=prompt,
-        )
+        return read(recorder, model, ids, prompt=prompt)
 
     if folder is None:
         return seen(None)
     with new_folder(folder) as temporary:
         write_description(seen(temporary / "tensors.safetensors"), temporary)
     return load_capture(folder)
+
+
+@contextmanager
+def watched(model: Decoder, layers: Sequence[int] | None = None, **options: Any) -> Iterator[Recorder]:
+    """Record what a decoder's layers see while the block runs; `layers` None means all, `options` are `Recorder`'s.
+
+    Raises: ValueError for a layer that the model does not have, top or map_block below 1.
+    """
+    modules = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    chosen = _chosen(layers, len(modules))
+    with record([modules[layer] for layer in chosen], chosen, **options) as recorder:
+        yield recorder
+
+
+def read(recorder: Recorder, model: Decoder, ids: Sequence[int], *, prompt: int | None = None) -> Capture:
+    """What was recorded while a decoder read these tokens."""
+    return recorder.capture(
+        _texts(model.tokenizer, ids),
+        model=_description(model),
+        ids=ids,
+        separator=" " if model.tokenizer is None or model.tokenizer.kind == "words" else "",
+        prompt=prompt,
+    )
 
 
 def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -127,7 +142,7 @@ def _listed_ids(tokens: Sequence[int] | Tensor) -> list[int]:
     return tokens.flatten().tolist()
 
 
-def texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]:
+def _texts(tokenizer: "Tokenizer | None", ids: Sequence[int]) -> tuple[str, ...]:
     """Each token as it stands in the text; a token that is no whole character as its bytes."""
     if tokenizer is None:
         return tuple(map(str, ids))

@@ -4,18 +4,23 @@ Knows nothing of browsers and terminals.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from sightline.captures import Capture
 from sightline.corpora import Corpus
 from sightline.generation import SampleConfig, sample_tokens
-from sightline.inspection import capture
+from sightline.inspection import capture, read, watched
 from sightline.memory import peak_bytes
 from sightline.models import Decoder
 from sightline.tokenizers import Tokenizer
+
+PACE = 0.5
+"""Seconds between two looks at what a model is writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,20 @@ class Look:
     """How long it took, from tokens to capture."""
     peak_bytes: int
     """The most memory that this process has held so far."""
-    unknown: int
-    """How many tokens are <unk>."""
+    unknown: str
+    """How many tokens are <unk>, and why; empty where none is."""
+
+    goal: int | None = None
+    """How many tokens there will be when the model has written them all; None: it is not writing."""
+
+    def notes(self, text: str) -> list[str]:
+        """What is to be told of it, a line each; `text` is the name of what was read."""
+        count, prompt = len(self.capture.tokens), self.capture.prompt
+        given = count if prompt is None else prompt
+        wrote = f" and {count - given:,} that the model wrote" if count > given else ""
+        captured = f"captured the first {given:,} tokens of {text}{wrote} in {self.seconds:.1f} s"
+        memory = f", with {self.peak_bytes / 1e9:.1f} GB of memory at most"
+        return [captured + memory, *([self.unknown] if self.unknown else [])]
 
 
 def look(
@@ -49,14 +66,8 @@ def look(
         ValueError: a model without tokenizer, more tokens than a context holds, or `write` with models of different
             tokens.
     """
-    context = min(model.config.context for model in models)
-    most = context - write
-    if not 0 <= write < context:
-        raise ValueError(f"--write must be from 0 to {context - 1}, for a context of {context} tokens; got {write}")
-    if tokens is not None and not 1 <= tokens <= most:
-        raise ValueError(f"--tokens must be from 1 to {most}, what the model's context holds; got {tokens}")
-    first = _tokenizer(models[0])
-    given = beginning(corpus, first, most if tokens is None else tokens)
+    first, most = _tokenizer(models[0]), _room(models, tokens, write)
+    given = beginning(corpus, first, most)
     ids = given + list(sample_tokens(models[0], given, SampleConfig(tokens=write, seed=0))) if write else given
     looks = []
     for model in models:
@@ -64,13 +75,89 @@ def look(
         same = tokenizer.tokens_sha256 == first.tokens_sha256
         if write and not same:
             raise ValueError("--write and --compare need two models with the same tokens; leave one of them out")
-        own = ids if same else beginning(corpus, tokenizer, most if tokens is None else tokens)
+        own = ids if same else beginning(corpus, tokenizer, most)
         start = time.perf_counter()
         seen = capture(model, own, layers=layers, prompt=len(given) if write else None, folder=folder)
-        seconds = time.perf_counter() - start
-        unknown = sum(token == tokenizer.unknown for token in own)
-        looks.append(Look(capture=seen, seconds=seconds, peak_bytes=peak_bytes(), unknown=unknown))
+        looks.append(_look(seen, tokenizer, start))
     return looks
+
+
+def writing(
+    model: Decoder,
+    corpus: Corpus,
+    *,
+    tokens: int | None = None,
+    layers: Sequence[int] | None = None,
+    write: int,
+) -> Iterator[Look]:
+    """What a model sees of the beginning of a text and of the `write` tokens that it writes after it, as it writes.
+
+    First when the text has been read, then about twice a second, last with all of them: what `look` would give, in
+    one pass.
+
+    Raises: as `look`.
+    """
+    tokenizer = _tokenizer(model)
+    given = beginning(corpus, tokenizer, _room([model], tokens, write))
+    ids, whole, start, due = list(given), len(given) + write, time.perf_counter(), 0.0
+    # One token more than is wanted: to draw it the model reads the last one.
+    more = sample_tokens(model, given, SampleConfig(tokens=write + 1, seed=0))
+    with closing(more), watched(model, layers, room=whole) as recorder:
+        for token in more:
+            if time.perf_counter() >= due or len(ids) == whole:
+                shown = time.perf_counter()
+                seen = read(recorder, model, ids, prompt=len(given))
+                yield _look(seen, tokenizer, start, goal=whole if len(ids) < whole else None)
+                # Showing takes the machine from writing: half of the time at most.
+                due = time.perf_counter() + max(PACE, time.perf_counter() - shown)
+            ids.append(token)
+
+
+def stages(
+    models: Mapping[str, Decoder],
+    corpus: Corpus,
+    *,
+    live: bool,
+    tell: Callable[[str], None],
+    write: int = 0,
+    folder: Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[dict[str, Capture], int | None]]:
+    """What is to be shown, one after the other: captures by name, and how many tokens there will be, or None.
+
+    One stage, unless one model alone writes, `live` and into no folder: then as it writes. `tell` hears the notes.
+
+    Raises: as `look`, when the first is asked for.
+    """
+    if live and write and len(models) == 1 and folder is None:
+        (model,) = models.values()
+        looks = (([one], one.goal) for one in writing(model, corpus, write=write, **options))
+    else:
+        looks = [(look(list(models.values()), corpus, write=write, folder=folder, **options), None)]
+    for seen, goal in looks:
+        for note in chain.from_iterable(one.notes(corpus.name) for one in seen if goal is None):
+            tell(note)
+        if folder is not None:
+            tell(f"saved: sightline look --capture {folder} shows it again")
+        yield {name: one.capture for name, one in zip(models, seen, strict=True)}, goal
+
+
+def _room(models: Sequence[Decoder], tokens: int | None, write: int) -> int:
+    """How many tokens of the text are read."""
+    context = min(model.config.context for model in models)
+    most = context - write
+    if not 0 <= write < context:
+        raise ValueError(f"--write must be from 0 to {context - 1}, for a context of {context} tokens; got {write}")
+    if tokens is not None and not 1 <= tokens <= most:
+        raise ValueError(f"--tokens must be from 1 to {most}, what the model's context holds; got {tokens}")
+    return most if tokens is None else tokens
+
+
+def _look(seen: Capture, tokenizer: Tokenizer, start: float, goal: int | None = None) -> Look:
+    unknown = sum(token == tokenizer.unknown for token in seen.ids)
+    said = f"{unknown:,} of them are <unk>: {tokenizer.kind} that the model's vocabulary lacks" if unknown else ""
+    seconds = time.perf_counter() - start
+    return Look(capture=seen, seconds=seconds, peak_bytes=peak_bytes(), unknown=said, goal=goal)
 
 
 def beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:

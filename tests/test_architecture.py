@@ -31,7 +31,7 @@ ROWS = [
     {"trainer", "runs", "curves"},
     {"optimizers", "logs"},
     {"viewer.server", "events"},
-    {"beams"},
+    {"beams", "viewer.editions"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"viewer.manifest"},
     {"pyramid"},

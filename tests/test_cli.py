@@ -693,14 +693,26 @@ def test_look_compares_two_models(trained, words, text, tmp_path, capsys):
     assert [json.loads(one) for one in texts] == [list("line"), ["line", "0:", "the", "cat"]]
 
 
-def test_look_serves_by_default(trained, text, monkeypatch):
+def test_look_serves_by_default(trained, text, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("sightline.viewer.server.serve", lambda *captures, **options: calls.append((captures, options)))
+    monkeypatch.setattr("sightline.viewer.server.follow", lambda stages, **options: calls.append((*stages, options)))
     assert run("look", "--text", text, "--model", trained, "--layers", 0) == 0
     assert run("look", "--text", text, "--model", trained, "--port", 9000, "--no-open") == 0
-    (((captures,), first), (_, second)) = calls
-    assert list(captures) == [str(trained)] and len(captures[str(trained)].tokens) == 16
+    (((captures, goal), first), (_, second)) = calls
+    assert list(captures) == [str(trained)] and len(captures[str(trained)].tokens) == 16 and goal is None
     assert first == {"port": 8765, "open_browser": False} and second == {"port": 9000, "open_browser": False}
+
+
+def test_look_serves_what_a_model_writes_as_it_writes(trained, text, monkeypatch, capsys):
+    monkeypatch.setattr("sightline.looking.PACE", 0.0)
+    calls = []
+    monkeypatch.setattr("sightline.viewer.server.follow", lambda stages, **options: calls.extend(stages))
+    assert run("look", "--text", text, "--model", trained, "--tokens", 5, "--write", 3, "--heads", "0.1") == 0
+    (seen,) = zip(*(captures.values() for captures, _ in calls), strict=True)
+    assert [len(one.tokens) for one in seen] in ([5, 6, 7, 8], [5, 6, 8], [5, 7, 8], [5, 8]) and seen[-1].prompt == 5
+    assert [goal for _, goal in calls] == [8] * (len(calls) - 1) + [None]
+    assert all(one.heads == ((0, 1),) for one in seen)
+    assert looked(capsys.readouterr().err)[0] == "5 tokens of cats and 3 that the model wrote"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sightline import corpora
+from sightline import corpora, looking
+from sightline.captures import AXES
 from sightline.corpora import open_corpus
 from sightline.generation import SampleConfig, sample_tokens
-from sightline.looking import beginning, look
+from sightline.looking import beginning, look, writing
 from sightline.models import Decoder, DecoderConfig
 from sightline.tokenizers import Tokenizer
 
@@ -40,7 +41,7 @@ def test_the_beginning_is_that_of_the_whole_text(corpus, kind, most):
 def test_as_much_as_the_context_holds(corpus):
     (one,) = look([reader()], corpus)
     assert "".join(one.capture.tokens) == TEXT[:40]
-    assert one.capture.prompt is None and one.unknown == 0 and one.seconds > 0 and one.peak_bytes > 1e8
+    assert one.capture.prompt is None and one.unknown == "" and one.seconds > 0 and one.peak_bytes > 1e8
     (short, long) = look([reader(context=30), reader(context=60)], corpus)
     assert short.capture.tokens == long.capture.tokens == tuple(TEXT[:30])
 
@@ -52,6 +53,26 @@ def test_what_the_first_model_writes_is_read_by_both(corpus):
     expected = (*ids, *sample_tokens(models[0], ids, SampleConfig(tokens=8, seed=0)))
     assert first.capture.ids == second.capture.ids == expected
     assert first.capture.prompt == second.capture.prompt == 9 and second.capture.layers == (0, 1)
+
+
+@pytest.mark.parametrize("write", [1, 12])
+def test_what_is_seen_while_a_model_writes_ends_as_what_is_seen_at_once(corpus, monkeypatch, write):
+    monkeypatch.setattr(looking, "PACE", 0.0)
+    model = reader(num_layers=2, num_groups=1)
+    (whole,) = look([model], corpus, tokens=9, write=write)
+    looks = [one.capture for one in writing(model, corpus, tokens=9, write=write)]
+    assert [len(seen.tokens) for seen in looks][:2] == [9, 10] and len(looks) <= write + 1
+    last, expected = looks[-1], whole.capture
+    names = ("ids", "tokens", "prompt", "separator", "layers", "model", "map_block", "scales")
+    assert all(getattr(last, name) == getattr(expected, name) for name in names)
+    assert [vars(mask) for mask in last.masks] == [vars(mask) for mask in expected.masks]
+    for name in (*AXES, "previous_token", "induction"):
+        if name != "top_keys":
+            torch.testing.assert_close(getattr(last, name), getattr(expected, name), atol=2e-5, rtol=1e-4, msg=name)
+    for seen in looks:
+        assert seen.tokens == expected.tokens[: len(seen.tokens)] and seen.prompt == 9
+        torch.testing.assert_close(seen.entropy, expected.entropy[..., : len(seen.tokens)], atol=2e-5, rtol=1e-4)
+    assert model.training and all(getattr(module, "observer", None) is None for module in model.modules())
 
 
 def test_models_of_other_tokens_read_the_same_text(corpus):

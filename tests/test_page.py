@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,18 +245,29 @@ def test_the_same_capture_gives_the_same_bytes(tmp_path):
 
 
 def test_the_assets_are_small():
-    folder = resources.files("sightline.viewer").joinpath("assets")
-    sizes = {item.name: len(item.read_bytes()) for item in folder.iterdir()}
-    assert set(sizes) == {"map.html", "map.css", "map.js"}
-    assert sum(sizes.values()) <= 80 * 1024
+    assert sum(len(page_module.asset(f"map.{kind}").encode("utf-8")) for kind in ("html", "css", "js")) <= 80_000
+
+
+def test_the_parts_of_the_script_are_all_joined_and_each_is_one_idea():
+    folder = resources.files("sightline.viewer").joinpath("assets", "map")
+    parts = {item.name: item.read_text(encoding="utf-8") for item in folder.iterdir()}
+    assert sorted(parts) == sorted(f"{name}.js" for name in page_module.PARTS)
+    assert all(text.count("\n") <= 250 for text in parts.values())
+    said = [
+        re.sub(r"(^| )// .*", "", line.strip())
+        for name in page_module.PARTS
+        for line in parts[f"{name}.js"].splitlines()
+    ]
+    assert page_module.asset("map.js").splitlines() == [line for line in said if line]
 
 
 def test_line_ends_of_a_windows_checkout_do_not_break_the_hash(monkeypatch, tmp_path):
     expected = page(structured())
     source, folder = resources.files("sightline.viewer").joinpath("assets"), tmp_path / "assets"
-    folder.mkdir()
-    for item in source.iterdir():
-        folder.joinpath(item.name).write_bytes(item.read_bytes().replace(b"\n", b"\r\n"))
+    for item in (path for path in Path(str(source)).rglob("*") if path.is_file()):
+        copy = folder / item.relative_to(str(source))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(item.read_bytes().replace(b"\n", b"\r\n"))
     monkeypatch.setattr(page_module.resources, "files", lambda package: tmp_path)
     assert page(structured()) == expected
 

@@ -24,6 +24,7 @@ from sightline.masks import Mask
 from sightline.models import Decoder, DecoderConfig
 from sightline.pyramid import Pyramid, encode
 from sightline.store import save_capture
+from sightline.viewer import editions
 from sightline.viewer import server as server_module
 from sightline.viewer.server import Server, serve
 
@@ -238,14 +239,14 @@ def test_the_export_is_a_page_of_its_own(served):
 
 
 def test_the_cache_keeps_to_its_size(seen, monkeypatch):
-    monkeypatch.setattr(server_module, "CACHE_BYTES", 300_000)
+    monkeypatch.setattr(editions, "CACHE_BYTES", 300_000)
     with serve(seen, port=0, block=False) as server:
         for head in range(4):
             first = get(server, f"tile/0/0/{head}/max/0/1/0")[1]
             assert get(server, f"tile/0/0/{head}/max/0/1/0")[1] == first
-        atlas = server._atlas
-        assert atlas.cached_bytes == sum(map(len, atlas.cache.values())) <= 300_000
-        assert [name.split("/")[-5] for name in atlas.cache] == ["2", "3"]
+        edition = server._atlas.edition
+        assert edition._bytes == sum(map(len, edition._pictures.values())) <= 300_000
+        assert [name.split("/")[-5] for name in edition._pictures] == ["2", "3"]
 
 
 def test_many_at_once_get_what_one_gets(served, seen):
@@ -301,7 +302,7 @@ def test_what_nobody_waits_for_is_not_computed(seen, monkeypatch):
 
 def test_too_many_waiting_are_refused(seen, monkeypatch):
     monkeypatch.setattr(server_module, "WAITING", 0)
-    with Server({"a": seen}, 0) as server:
+    with Server(editions.Edition({"a": seen}), 0) as server:
         server._server.config.limit_concurrency = None
         code, body, _ = get(server, "tile/0/0/0/max/0/0/0")
         assert code == 503 and b"waiting already; ask again later" in body
@@ -364,3 +365,49 @@ def test_ctrl_c_ends_look_at_once(tmp_path):
     _, stderr = process.communicate(timeout=10)
     held.close()
     assert (process.returncode, stderr) == (130, "sightline look: stopped\n")
+
+
+def test_what_is_shown_can_grow(capsys):
+    config = DecoderConfig.modern(vocabulary=20, d_model=32, num_layers=1, context=20)
+    torch.manual_seed(0)
+    model = Decoder(config)
+    stages = [({"a": capture(model, list(range(n)), prompt=4)}, None if n == 9 else 9) for n in (4, 6, 9)]
+    with serve(stages[0][0], goal=9, port=0, block=False) as server:
+        seen = []
+        for captures, goal in stages:
+            server.show(captures, goal=goal)
+            said = json.loads(get(server, "manifest.json")[1])
+            assert get(server, f"manifest.json?v={said['version']}")[:2] == (204, b"")
+            tile = get(server, f"tile/0/0/0/max/0/0/0?v={said['version']}")
+            expected = encode(Pyramid(captures["a"]).tile(0, 0, "max", 0, 0, 0), kind="tile", level=0)
+            assert tile[1] == expected and "immutable" in tile[2]["cache-control"]
+            assert (said["goal"], said["captures"][0]["keys"]) == (goal, len(captures["a"].tokens))
+            seen.append(said["version"])
+        assert len(set(seen)) == 3
+        assert get(server, f"tile/0/0/0/max/0/0/0?v={seen[0]}")[1:2] == (expected,)
+        assert get(server, f"manifest.json?v={seen[0]}")[0] == 200
+        server.show(captures, goal=9)  # the same, but not the last
+        assert get(server, f"manifest.json?v={seen[-1]}")[0] == 200
+
+
+def test_stages_are_served_until_they_are_stopped(seen, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(Server, "show", lambda self, captures, goal=None: shown.append(goal))
+    monkeypatch.setattr(Server, "wait", lambda self: shown.append(self.port))
+    server_module.follow(iter([({"a": seen}, 8), ({"a": seen}, 8), ({"a": seen}, None)]), port=0)
+    out = capsys.readouterr().out
+    assert out.endswith("  (Ctrl-C ends it)\n") and shown == [8, None, int(re.findall(r":(\d+)/", out)[0])]
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", shown[-1])):
+        pass
+
+
+def test_an_error_while_it_writes_ends_the_server(seen, capsys):
+    def stages():
+        yield {"a": seen}, 800
+        raise ValueError("the logits are no numbers")
+
+    with pytest.raises(ValueError, match="the logits are no numbers"):
+        server_module.follow(stages(), port=0)
+    port = int(re.findall(r":(\d+)/", capsys.readouterr().out)[0])
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass

@@ -1,7 +1,7 @@
 """A `Capture` as one HTML file that opens from disk, without a server and without a network.
 
 The file holds queries, keys, logsumexp and the pooled maps, never the matrix; the browser recomputes the weights it
-shows. What the page does is in `assets/map.js`; this module only puts the parts together. Knows nothing of models.
+shows. What the page does is in `assets/`; this module only puts the parts together. Knows nothing of models.
 """
 
 import base64
@@ -26,6 +26,12 @@ MOST_BYTES = 256 * 1024**2
 """Arrays beyond this make a file that browsers open slowly or not at all."""
 EXACT_TOKENS = 4096
 """Longer captures put queries and keys into the file as half floats."""
+
+PARTS = (
+    "elements", "sources", "state", "tiles", "colours", "words", "view", "pens", "painting", "axes", "wall", "choice",
+    "panel", "search", "exports", "controls", "growing", "link",
+)  # fmt: skip
+"""What `map.js` is joined of, in this order: one module, so that nothing is exported and imported."""
 
 Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
 
@@ -189,8 +195,18 @@ def _json(value: Any) -> str:
 
 
 def asset(name: str) -> str:
+    """map.html, map.css or map.js as the browser gets it."""
+    if name != "map.js":
+        return _read(name)
+    # Indentation and comments are for those who read the parts; no text in them holds what begins a comment.
+    return re.sub(
+        r"^(\t*//.*\n|\t+|\n)| // .*", "", "".join(_read(f"map/{part}.js") for part in PARTS), flags=re.MULTILINE
+    )
+
+
+def _read(name: str) -> str:
     """Line ends as browsers read them, for the policy holds a hash of the text."""
-    text = resources.files("sightline.viewer").joinpath("assets", name).read_text(encoding="utf-8")
+    text = resources.files("sightline.viewer").joinpath("assets", *name.split("/")).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
 
 

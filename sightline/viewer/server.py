@@ -11,11 +11,9 @@ import secrets
 import socket
 import threading
 import webbrowser
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import uvicorn
@@ -26,16 +24,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sightline.captures import Capture
-from sightline.passages import Passages
 from sightline.pyramid import EXACT_LEVEL, Pyramid, encode
-from sightline.viewer.manifest import manifest, named, parse_heads
-from sightline.viewer.page import page
+from sightline.viewer.editions import Edition
+from sightline.viewer.manifest import named, parse_heads
+from sightline.viewer.page import Captures, asset, page
 
 PORT = 8765
 PORTS = 100
 """How many ports are tried before any free one is taken."""
-CACHE_BYTES = 64 * 2**20
 WAITING = 4096
 """Tiles that may wait for their turn; more are refused."""
 LONGEST_ADDRESS = 2048
@@ -68,9 +64,9 @@ TYPES = {"map.html": "text/html", "map.css": "text/css", "map.js": "text/javascr
 class Server:
     """A map that is being served from a thread; `close` ends it, as leaving a `with` does."""
 
-    def __init__(self, captures: Mapping[str, Capture], port: int) -> None:
+    def __init__(self, edition: "Edition", port: int) -> None:
         self._socket, self.port = _listen(port)
-        self._atlas = Atlas(captures)
+        self._atlas = Atlas(edition)
         token = secrets.token_urlsafe(24)
         self.url = f"http://127.0.0.1:{self.port}/{token}/"
         """The link; who does not have it gets nothing."""
@@ -89,6 +85,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def show(self, captures: Captures, *, goal: int | None = None) -> None:
+        """Show these from now on; pages that are open follow, each head where it was.
+
+        `goal` says that a model is writing, and how many tokens there will be. From one thread at a time.
+        """
+        self._atlas.edition = Edition(named(captures), goal)
+
     def wait(self) -> None:
         """Until it ends, or Ctrl-C."""
         while self._thread.is_alive():
@@ -103,8 +106,9 @@ class Server:
 
 
 def serve(
-    captures: Capture | Sequence[Capture] | Mapping[str, Capture],
+    captures: Captures,
     *,
+    goal: int | None = None,
     port: int = PORT,
     open_browser: bool = False,
     block: bool = True,
@@ -113,7 +117,8 @@ def serve(
 
     Several captures (by name, where they are given as a dict) are compared. Prints the link, which holds a random
     token; only programs on this machine can open it. Ctrl-C ends it; without `block` it goes on in a thread until
-    `close`. Where the port is taken it is the next free one, and 0 is any.
+    `close`. Where the port is taken it is the next free one, and 0 is any. `goal` says that a model is writing, and how
+    many tokens there will be in the end; `Server.show` shows more of them.
 
     Raises:
         ValueError: no capture, or a port that does not exist.
@@ -126,22 +131,48 @@ def serve(
     http://127.0.0.1:...
     True
     """
-    if not 0 <= port < 2**16:
-        raise ValueError(f"serve: a port is from 0 to 65535, got {port}")
-    by_name = named(captures)
-    if not by_name:
-        raise ValueError("serve: there is no capture to show; give at least one")
-    server = Server(by_name, port)
-    if port not in (0, server.port):
-        print(f"port {port} is taken, so this one is at {server.port}")
-    print(server.url + ("  (Ctrl-C ends it)" if block else ""), flush=True)
-    if open_browser:
-        webbrowser.open(server.url)
+    server = _started(captures, goal, port, open_browser, "  (Ctrl-C ends it)" if block else "")
     if block:
         try:
             server.wait()
         finally:
             server.close()
+    return server
+
+
+def follow(stages: Iterable[tuple[Captures, int | None]], *, port: int = PORT, open_browser: bool = False) -> None:
+    """Serve captures until Ctrl-C, each in the place of the one before it.
+
+    Beside each stands its `goal`, as for `serve`: None for the last.
+
+    Raises: as `serve`.
+    """
+    server = None
+    try:
+        for captures, goal in stages:
+            if server is None:
+                server = _started(captures, goal, port, open_browser, "  (Ctrl-C ends it)")
+            else:
+                server.show(captures, goal=goal)
+        if server is not None:
+            server.wait()
+    finally:
+        if server is not None:
+            server.close()
+
+
+def _started(captures: Captures, goal: int | None, port: int, open_browser: bool, hint: str) -> Server:
+    if not 0 <= port < 2**16:
+        raise ValueError(f"serve: a port is from 0 to 65535, got {port}")
+    by_name = named(captures)
+    if not by_name:
+        raise ValueError("serve: there is no capture to show; give at least one")
+    server = Server(Edition(by_name, goal), port)
+    if port not in (0, server.port):
+        print(f"port {port} is taken, so this one is at {server.port}")
+    print(server.url + hint, flush=True)
+    if open_browser:
+        webbrowser.open(server.url)
     return server
 
 
@@ -214,17 +245,11 @@ class Lane:
 
 
 class Atlas:
-    """What is served: the pyramids of some captures, and the pictures that were asked for last."""
+    """What is served: the newest edition."""
 
-    def __init__(self, captures: Mapping[str, Capture]) -> None:
-        self.names = list(captures)
-        self.pyramids = [Pyramid(capture) for capture in captures.values()]
-        self.passages = [Passages(capture.key_tokens, capture.separator) for capture in captures.values()]
-        self.manifest = manifest(dict(zip(self.names, self.pyramids, strict=True)), self.passages)
-        self.version: str = self.manifest["version"]
+    def __init__(self, edition: Edition) -> None:
+        self.edition = edition
         self.lanes = {name: Lane(name) for name in ("quick", "slow")}
-        self.cache: OrderedDict[str, bytes] = OrderedDict()
-        self.cached_bytes = 0
 
     def close(self) -> None:
         for lane in self.lanes.values():
@@ -254,106 +279,100 @@ class Atlas:
         return application
 
     async def _manifest(self, request: Request) -> Response:
-        return _json(self.manifest, NOW)
+        if request.query_params.get("v") == self.edition.version:
+            return Response(status_code=204, headers=NOW)
+        return _json(self.edition.manifest, NOW)
 
     async def _text(self, request: Request) -> Response:
-        capture = self._pyramid(request).capture
-        side, chunk = request.path_params["side"], request.path_params["chunk"]
+        edition, at = self._asked(request)
+        capture = edition.pyramid(at["capture"]).capture
+        side, chunk = at["side"], at["chunk"]
         if side not in ("query", "key"):
             raise HTTPException(404, f"a text has the sides query and key, not {side!r}")
         tokens = (capture.query_tokens if side == "query" else capture.key_tokens)[chunk * CHUNK : (chunk + 1) * CHUNK]
         if not tokens:
             raise HTTPException(404, f"the text has no piece {chunk}")
-        return _json(tokens, self._age(request))
+        return _json(tokens, _age(request, edition))
 
     async def _tile(self, request: Request) -> Response:
-        pyramid, at = self._pyramid(request), self._rest(request)
-        level = at["level"]
+        edition, at = self._asked(request)
+        pyramid, level = edition.pyramid(at.pop("capture")), at["level"]
         from_map = pyramid.map_level is not None and level >= pyramid.map_level
         lane = "quick" if level < EXACT_LEVEL or from_map else "slow"
-        return await self._picture(request, lane, lambda: encode(pyramid.tile(**at), kind="tile", level=level))
+        return await self._picture(request, edition, lane, lambda: encode(pyramid.tile(**at), kind="tile", level=level))
 
     async def _track(self, request: Request) -> Response:
-        pyramid, at = self._pyramid(request), self._rest(request)
+        edition, at = self._asked(request)
+        pyramid = edition.pyramid(at.pop("capture"))
         work = partial(_track, pyramid, at)
-        return await self._picture(request, "quick", work)
+        return await self._picture(request, edition, "quick", work)
 
     async def _wall(self, request: Request) -> Response:
-        pyramid = self._pyramid(request)
+        edition, at = self._asked(request)
+        pyramid = edition.pyramid(at["capture"])
         level = pyramid.thumbnail_level
         return await self._picture(
-            request, "slow", lambda: encode(pyramid.wall.flatten(0, 1), kind="wall", level=level)
+            request, edition, "slow", lambda: encode(pyramid.wall.flatten(0, 1), kind="wall", level=level)
         )
 
     async def _weight(self, request: Request) -> Response:
-        pyramid, at = self._pyramid(request), self._rest(request)
-        weight = await self.lanes["quick"].run(request, lambda: pyramid.weight(**at))
-        return _json({"weight": weight}, self._age(request))
+        return await self._facts(request, lambda pyramid, at: {"weight": pyramid.weight(**at)})
 
     async def _query(self, request: Request) -> Response:
-        pyramid, at = self._pyramid(request), self._rest(request)
-        facts = await self.lanes["quick"].run(request, lambda: pyramid.query_facts(**at))
-        return _json(facts, self._age(request))
+        return await self._facts(request, lambda pyramid, at: pyramid.query_facts(**at))
 
     async def _key(self, request: Request) -> Response:
-        pyramid, at = self._pyramid(request), self._rest(request)
-        facts = await self.lanes["quick"].run(request, lambda: pyramid.key_facts(**at))
-        return _json(facts, self._age(request))
+        return await self._facts(request, lambda pyramid, at: pyramid.key_facts(**at))
+
+    async def _facts(self, request: Request, look: Callable[[Pyramid, dict[str, Any]], dict[str, Any]]) -> Response:
+        edition, at = self._asked(request)
+        pyramid = edition.pyramid(at.pop("capture"))
+        return _json(await self.lanes["quick"].run(request, lambda: look(pyramid, at)), _age(request, edition))
 
     async def _search(self, request: Request) -> Response:
-        self._pyramid(request)
+        edition, at = self._asked(request)
         wanted, after = request.query_params.get("text", ""), request.query_params.get("after", "0")
-        passages = self.passages[request.path_params["capture"]]
+        passages = edition.text(at["capture"])
         if not after.isdecimal():
             raise HTTPException(400, f"after must be the number of a token, got {after!r}")
         hits = await self.lanes["quick"].run(request, lambda: passages.search(wanted, int(after)))
-        return _json(hits._asdict(), self._age(request))
+        return _json(hits._asdict(), _age(request, edition))
 
     async def _export(self, request: Request) -> Response:
+        edition = self.edition
         number, heads = request.query_params.get("capture", "0"), request.query_params.get("heads", "")
-        if not number.isdecimal() or int(number) >= len(self.pyramids):
+        if not number.isdecimal() or int(number) >= len(edition.pyramids):
             raise HTTPException(404, f"there is no capture {number!r}")
-        capture = self.pyramids[int(number)].capture
-        chosen = {self.names[int(number)]: capture.select(parse_heads(heads))}
+        capture = edition.pyramids[int(number)].capture
+        chosen = {edition.names[int(number)]: capture.select(parse_heads(heads))}
         html = await self.lanes["slow"].run(request, lambda: page(chosen))
         attached = {"content-disposition": 'attachment; filename="attention.html"'}
         return Response(html, media_type="text/html", headers=NOW | attached)
 
-    def _pyramid(self, request: Request) -> Pyramid:
-        number = request.path_params["capture"]
-        if number >= len(self.pyramids):
-            raise HTTPException(404, f"captures are 0 to {len(self.pyramids) - 1}, got {number}")
-        return self.pyramids[number]
+    def _asked(self, request: Request) -> tuple[Edition, dict[str, Any]]:
+        """The edition that the answer is of, should another come meanwhile, and what of it is asked for."""
+        return self.edition, dict(request.path_params)
 
-    def _rest(self, request: Request) -> dict[str, Any]:
-        return {name: value for name, value in request.path_params.items() if name != "capture"}
-
-    def _age(self, request: Request) -> dict[str, str]:
-        return FOREVER if request.query_params.get("v") == self.version else NOW
-
-    async def _picture(self, request: Request, lane: str, work: Callable[[], bytes]) -> Response:
+    async def _picture(self, request: Request, edition: Edition, lane: str, work: Callable[[], bytes]) -> Response:
         """What was computed before, or what the work gives."""
         name = request.url.path
-        picture = self.cache.get(name)
+        picture = edition.cached(name)
         if picture is None:
-            picture = await self.lanes[lane].run(request, lambda: self.cache.get(name) or work())
-            if name not in self.cache:
-                self.cache[name] = picture
-                self.cached_bytes += len(picture)
-            while self.cached_bytes > CACHE_BYTES:
-                self.cached_bytes -= len(self.cache.popitem(last=False)[1])
-        if name in self.cache:
-            self.cache.move_to_end(name)
-        return Response(picture, media_type=OCTETS, headers=self._age(request))
+            picture = await self.lanes[lane].run(request, lambda: edition.cached(name) or work())
+            edition.keep(name, picture)
+        return Response(picture, media_type=OCTETS, headers=_age(request, edition))
 
 
 def _track(pyramid: Pyramid, at: dict[str, Any]) -> bytes:
     return encode(pyramid.track(**at), kind="track", level=at["level"])
 
 
+def _age(request: Request, edition: Edition) -> dict[str, str]:
+    return FOREVER if request.query_params.get("v") == edition.version else NOW
+
+
 async def _asset(name: str, request: Request) -> Response:
-    text = resources.files("sightline.viewer").joinpath("assets", name).read_bytes()
-    return Response(text, media_type=TYPES[name], headers=NOW)
+    return Response(asset(name), media_type=TYPES[name], headers=NOW)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
