@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+from sightline.checking.checks import CheckConfig
 from sightline.generation import SampleConfig
 from sightline.models import DecoderConfig
 from sightline.schedule import TrainConfig
@@ -49,5 +50,12 @@ class Training(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SampleConfig):
     """How the next token is drawn, and when to stop."""
+
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checking(CheckConfig):
+    """What is expected of the code, and how much time and memory it gets."""
 
     def __post_init__(self) -> None: ...

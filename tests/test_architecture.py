@@ -17,8 +17,8 @@ PACKAGE = ROOT / "sightline"
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"demo", "diagnosis", "bench", "looking", "progress", "options", "tensorboard"},
     {"checking.command"},
+    {"demo", "diagnosis", "bench", "looking", "progress", "options", "tensorboard"},
     {"checking.checks"},
     {"checking.attention_laws", "checking.encoding_laws", "checking.module_laws"},
     {"checking.discovery"},

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from subjects import checked, refusal
 
 from sightline.checking.attention_mistakes import CAUSAL, MASKS, SCORES
@@ -232,6 +234,24 @@ def mine(Q, K, V):
     weights = scores / scores.sum(axis=0)
     return V @ weights, weights
 """,
+    "numpy's einsum": """
+def mine(Q, K, V, mask=None):
+    scores = np.einsum("bqd,bkd->bqk", Q, K) / np.sqrt(Q.shape[-1])
+    if mask is not None:
+        scores = scores + (1.0 - mask) * -1e9
+    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+    return np.einsum("bqk,bkd->bqd", weights / weights.sum(axis=-1, keepdims=True), V)
+""",
+    "block by block": """
+def mine(q, k, v):
+    most, total, output = torch.full((*q.shape[:-1], 1), -torch.inf), 0, 0
+    for keys, values in zip(k.split(2, dim=-2), v.split(2, dim=-2)):
+        scores = q @ keys.mT * q.shape[-1] ** -0.5
+        higher = torch.maximum(most, scores.amax(-1, keepdim=True))
+        share, old = (scores - higher).exp(), (most - higher).exp()
+        total, output, most = total * old + share.sum(-1, keepdim=True), output * old + share @ values, higher
+    return output / total
+""",
     "lists": """
 def mine(q, k, v):
     result = []
@@ -328,8 +348,9 @@ def test_heads_mixed_in_a_function(tmp_path):
     ("code", "law"),
     [
         (PLAIN.replace("    scores =", "    v += 0.5\n    scores ="), "inputs"),
-        (PLAIN.replace("weights @ v", "weights @ v * (1 + 1e-6 * torch.rand(()))"), "twice the same"),
+        (PLAIN.replace("weights @ v", "weights @ v * (1 + 1e-5 * torch.rand(()))"), "twice the same"),
         (PLAIN.replace("weights @ v", "weights @ v.detach()"), "gradients"),
+        (PLAIN.replace("weights @ v", "weights @ v + 0 / (q.shape[-1] < 16)"), "scale"),
         (PLAIN.replace("    weights", "    scores = scores.bfloat16().float()\n    weights"), "the definition"),
         (PLAIN.replace("    weights", "    scores = scores.clamp(max=500)\n    weights"), "large scores"),
         (PLAIN.replace("weights @ v", "(weights @ v)[..., :3]"), "shape"),
@@ -511,11 +532,39 @@ def build():
 """
 
 
+LIST = """
+class Listed(nn.Module):
+    def __init__(self, h, d_model):
+        super().__init__()
+        self.h, self.maps = h, nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(4))
+    def forward(self, query, key, value):
+        q, k, v = (m(x).unflatten(-1, (self.h, -1)).mT for m, x in zip(self.maps, (query, key, value)))
+        q, k, v = (x.movedim(-1, 1) for x in (q, k, v))
+        return self.maps[-1](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+"""
+VALUES_FIRST = """
+class Attention(nn.Module):
+    def __init__(self, embed_size, heads):
+        super().__init__()
+        self.heads = heads
+        self.values, self.keys, self.queries = (nn.Linear(embed_size, embed_size, bias=False) for _ in range(3))
+        self.fc_out = nn.Linear(embed_size, embed_size)
+    def forward(self, values, keys, query, mask):
+        split = lambda x: x.unflatten(-1, (self.heads, -1))
+        q, k, v = split(self.queries(query)), split(self.keys(keys)), split(self.values(values))
+        energy = torch.einsum("nqhd,nkhd->nhqk", q, k) / q.shape[-1] ** 0.5
+        weights = energy.masked_fill(mask == 0, float("-1e20")).softmax(3)
+        return self.fc_out(torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2))
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "name"),
     [
         (ONE_HEAD, None),
         (MANY, None),
+        (LIST, None),
+        (VALUES_FIRST, None),
         (BY_HEAD, "Several"),
         (IN_NUMPY, None),
         (FUSED, None),
@@ -598,6 +647,26 @@ def test_known_mistakes_are_told_apart():
         if difference(a, b) < 1e-3 and a.isfinite().all()
     }
     assert alike == set()
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(SCORES), st.sampled_from([*CAUSAL, *MASKS]))
+def test_two_mistakes_at_once_are_explained(one, other):
+    random = torch.Generator().manual_seed(1)
+    query, key, value = torch.randn(3, 2, 2, 5, 4, generator=random, dtype=torch.float64)
+    right = Steps(pattern=causal)
+    if one.steps.keys() & other.steps.keys():
+        return
+
+    def definition(steps):
+        return attend(query, key, value, None, steps)[0]
+
+    wrong = definition(right.wrong(**one.steps, **other.steps))
+    assume(wrong.isfinite().all())
+    some = explain(wrong, definition, right, [*SCORES, *CAUSAL, *MASKS])
+    assert some is not None
+    changes = {name: step for mistake in some for name, step in mistake.steps.items()}
+    assert difference(wrong, definition(right.wrong(**changes))) < 1e-4
 
 
 def test_known_encodings_are_told_apart():

@@ -11,7 +11,7 @@ from sightline.checking.attention_mistakes import CAUSAL, MASKS, NOT_CAUSAL, OVE
 from sightline.checking.conventions import Caller, MaskForm, Problem, mask_forms
 from sightline.checking.definitions import Steps, causal
 from sightline.checking.discovery import Case, constant_scale, discover, show
-from sightline.checking.findings import Finding, number
+from sightline.checking.findings import Finding, hold, number
 from sightline.checking.mistakes import TOLERANCE, Mistake, difference, explain
 from sightline.checking.subject import Raised, Subject
 
@@ -26,7 +26,7 @@ def examine(
     case = discover(subject, scale=scale, hide=hide, expect_causal=expect_causal)
     findings = [_shape(case)]
     if case.answer.output is not None:
-        findings += [finding for law in LAWS if (finding := law(case)) is not None]
+        findings += hold(case, LAWS)
     return case, findings
 
 
@@ -284,7 +284,10 @@ def _gradients(case: Case) -> Finding | None:
     random = torch.Generator().manual_seed(5)
     assert case.answer.output is not None
     cotangent = torch.randn(case.answer.output.shape, generator=random, dtype=torch.float64)
-    answer = case.caller(case.problem, cotangent=cotangent, doing="its gradients were asked for")
+    try:
+        answer = case.caller(case.problem, cotangent=cotangent, doing="its gradients were asked for")
+    except Raised as error:
+        return Finding(law=law, status="note", said=f"none: {error}")
     if not answer.differentiable or answer.gradients is None:
         return Finding(law=law, status="note", said="none: the output does not depend on its inputs for autograd")
     leaves = {name: getattr(case.problem, name).clone().requires_grad_() for name in ("query", "key", "value")}
@@ -301,18 +304,18 @@ def _gradients(case: Case) -> Finding | None:
     return Finding(law=law, status="ok", said=f"largest difference {number(worst)}")
 
 
-LAWS: tuple[Callable[[Case], Finding | None], ...] = (
-    _rows,
-    _definition,
-    _weights,
-    _scale,
-    _permutation,
-    _causal,
-    _mask,
-    _empty_rows,
-    _large,
-    _inputs,
-    _repeats,
-    _bfloat16,
-    _gradients,
-)
+LAWS: dict[str, Callable[[Case], Finding | None]] = {
+    "rows sum to 1": _rows,
+    "the definition": _definition,
+    "the weights": _weights,
+    "scale": _scale,
+    "order of tokens": _permutation,
+    "causality": _causal,
+    "mask": _mask,
+    "empty rows": _empty_rows,
+    "large scores": _large,
+    "inputs": _inputs,
+    "twice the same": _repeats,
+    "bfloat16": _bfloat16,
+    "gradients": _gradients,
+}

@@ -18,6 +18,7 @@ SPEED_LENGTHS = (512, 1024, 2048)
 D_MODEL, NUM_HEADS = 12, 3
 
 _OPTIONS = {
+    **dict.fromkeys(("embed_size", "embedding_size", "emb_size", "model_dim", "d", "c", "channels", "units"), D_MODEL),
     **dict.fromkeys(
         ("d_in", "d_input", "input_dim", "in_dim", "in_features", "hidden_size", "size", "hidden_dim"), D_MODEL
     ),
@@ -115,7 +116,7 @@ def _attention(subject: Subject, config: CheckConfig, known: dict[str, Any], wei
     hide = config.mask_means == "hide"
     case, findings = attention_laws.examine(subject, scale=config.scale, hide=hide, expect_causal=config.causal)
     if config.speed:
-        findings += _speed(case)
+        findings += _speed(case, config.seconds)
     return str(case.caller.convention), findings, case.example
 
 
@@ -130,7 +131,7 @@ def _module(subject: Subject, config: CheckConfig, known: dict[str, Any], weight
     module, findings, example = module_laws.examine(
         subject,
         weights,
-        d_model=_first(known, (*encoding_laws.WIDTHS, "d_in", "d_input", "input_dim")),
+        d_model=_first(known, (*encoding_laws.WIDTHS, "d_in", "d_input", "input_dim", "embed_size", "embedding_size")),
         heads=_first(known, HEADS_NAMES),
         scale=config.scale,
         hide=config.mask_means == "hide",
@@ -201,26 +202,39 @@ def _kind(subject: Subject, weights: bool) -> Kind:
     return "attention" if not sizes and required >= 3 else "encoding"
 
 
-def _speed(case: Case) -> Iterator[Finding]:
-    """Time and memory beside PyTorch's scaled_dot_product_attention: 8 sequences of width 64, by length."""
+def _speed(case: Case, seconds: float) -> Iterator[Finding]:
+    """Time and memory beside PyTorch's scaled_dot_product_attention: 8 heads or sequences of width 64, by length."""
     caller, subject = case.caller, case.caller.subject
-    heads = caller.convention.heads
+    heads, axes = caller.convention.heads, caller.convention.axes
     for length in SPEED_LENGTHS:
-        batch, outer = (1, 1) if caller.convention.axes == 2 else (8, 1) if caller.convention.axes == 3 else (1, 8)
-        q, k, v = torch.randn(3, batch, outer, length, 64 * heads, generator=torch.Generator().manual_seed(0))
-        tensors, arguments, named = caller.arguments(
-            Problem(query=q, key=k, value=v, heads=heads), None, False, torch.float32
-        )
+        batch, outer = (1, 1) if axes == 2 else (8, 1) if axes == 3 else (1, 8)
+        shape = (3, batch, outer, length, 64 * heads)
+        query, key, value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        problem = Problem(query=query, key=key, value=value, heads=heads)
+        tensors, arguments, named = caller.arguments(problem, None, False, torch.float32)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            tensors[f"reference.{name}"] = x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(1, 2)
         subject.renew()
-        law, doing = f"{length:,} tokens", f"its speed was measured at {length} tokens"
+        law = f"{length:,} tokens"
         try:
             told, _ = subject.ask(
-                "time", doing, tensors, arguments=arguments, named=named, library=caller.convention.library
+                "time",
+                f"its speed was measured at {length} tokens",
+                tensors,
+                arguments=arguments,
+                named=named,
+                library=caller.convention.library,
+                causal=case.pattern != "full",
+                within=seconds / 4,
             )
         except Raised as error:
             yield Finding(law=law, status="note", said=str(error))
             return
         yield Finding(law=law, status="note", said=_compared(told))
+        # Twice the length takes four times as long, and it is run three times at least.
+        if 12 * (told["theirs_seconds"] + told["reference_seconds"]) > seconds:
+            yield Finding(law="longer texts", status="skip", said=f"would take more than {seconds:g} s")
+            return
 
 
 def _compared(told: dict[str, Any]) -> str:
@@ -228,4 +242,8 @@ def _compared(told: dict[str, Any]) -> str:
     said = f"{theirs * 1e3:.3g} ms, {theirs / reference:.2f} of PyTorch's time"
     if told["theirs_bytes"] is None:
         return said
-    return f"{said}; {told['theirs_bytes'] / 1e6:.0f} MB above the inputs, PyTorch {told['reference_bytes'] / 1e6:.0f}"
+    return f"{said}; {_mb(told['theirs_bytes'])} MB above the inputs, PyTorch {_mb(told['reference_bytes'])}"
+
+
+def _mb(count: int) -> str:
+    return "under 1" if count < 1e6 else f"{count / 1e6:.0f}"

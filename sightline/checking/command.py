@@ -3,7 +3,6 @@
 import json as library
 import shutil
 import sys
-from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -11,19 +10,12 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from sightline.checking.checks import CheckConfig
 from sightline.checking.checks import check as work
 from sightline.checking.subject import CheckError
-
-
-# The parser would draw a box around what the config says of a bad number; so the command checks, not the parser.
-@dataclass(frozen=True, kw_only=True)
-class Checking(CheckConfig):
-    """What is expected of the code, and how much time and memory it gets."""
-
-    def __post_init__(self) -> None: ...
+from sightline.options import Checking
 
 
 def check(
     target: Annotated[Positional[str], arg(help="FILE.py:NAME of a function, a class or a module.")],
-    config: OmitArgPrefixes[Checking] = Checking(),
+    config: OmitArgPrefixes[Checking] = Checking(),  # noqa: B008 (frozen)
     json: Annotated[bool, arg(help="Print one JSON object, for programs.")] = False,
 ) -> None:
     """Hold your own attention, encoding or module against the laws: exit code 0 where all hold, else 1."""

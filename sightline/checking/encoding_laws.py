@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sightline.checking.definitions import EncodingSteps, encoding
 from sightline.checking.encoding_mistakes import ENCODINGS
-from sightline.checking.findings import Example, Finding, number, rows
+from sightline.checking.findings import Example, Finding, hold, number, rows
 from sightline.checking.mistakes import TOLERANCE, difference, explain
 from sightline.checking.subject import CheckError, Raised, Subject
 
@@ -109,7 +109,7 @@ def examine(subject: Subject, d_model: int | None) -> tuple[Table, list[Finding]
     error = difference(own, wanted)
     if mistakes == ():
         findings.append(Finding(law="the definition", status="ok", said=f"largest difference {number(error)}"))
-        findings += [finding for law in LAWS if (finding := law(table)) is not None]
+        findings += hold(table, LAWS)
         return table, findings, None
     said = f"largest difference {number(error)} in {LENGTH} positions of d_model {width}"
     findings.append(Finding(law="the definition", status="fail", said=said, mistakes=tuple(mistakes or ())))
@@ -227,4 +227,10 @@ def _repeats(table: Table) -> Finding | None:
     return Finding(law=law, status="ok", said="bit for bit")
 
 
-LAWS: tuple[Callable[[Table], Finding | None], ...] = (_other_sizes, _odd, _far, _added, _repeats)
+LAWS: dict[str, Callable[[Table], Finding | None]] = {
+    "other sizes": _other_sizes,
+    "odd d_model": _odd,
+    "far positions": _far,
+    "added": _added,
+    "twice the same": _repeats,
+}

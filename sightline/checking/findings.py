@@ -2,13 +2,14 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from sightline.checking.mistakes import Mistake
+from sightline.checking.subject import Raised
 
 Status = Literal["ok", "fail", "note", "skip"]
 
@@ -21,6 +22,21 @@ class Finding:
     status: Status
     said: str
     mistakes: tuple[Mistake, ...] = ()
+
+
+_Case = TypeVar("_Case")
+
+
+def hold(case: _Case, laws: Mapping[str, Callable[[_Case], Finding | None]]) -> list[Finding]:
+    """What each law finds; one that its code does not come through, though it came through others, fails."""
+    found: list[Finding] = []
+    for name, law in laws.items():
+        try:
+            finding = law(case)
+        except Raised as error:
+            finding = Finding(law=name, status="fail", said=str(error))
+        found += [] if finding is None else [finding]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

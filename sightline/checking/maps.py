@@ -67,6 +67,17 @@ def _by_role(weights: dict[str, Tensor]) -> tuple[dict[str, _Parts], dict[str, _
             role = "output"
         if role is not None:
             (biases if is_bias else found).setdefault(role, []).append((name, weight.double()))
+    return (found, biases) if found else _in_order(weights)
+
+
+def _in_order(weights: dict[str, Tensor]) -> tuple[dict[str, _Parts], dict[str, _Parts]]:
+    """Maps without names, as in a list of three or four: query, key, value, output."""
+    matrices = [(name, weight.double()) for name, weight in weights.items() if weight.ndim == 2]
+    vectors = [(name, weight.double()) for name, weight in weights.items() if weight.ndim == 1]
+    roles = tuple(_ROLES)[: len(matrices)]
+    if len(matrices) not in (3, 4) or len(vectors) not in (0, len(matrices)):
+        return {}, {}
+    found, biases = ({role: [part] for role, part in zip(roles, parts, strict=False)} for parts in (matrices, vectors))
     return found, biases
 
 

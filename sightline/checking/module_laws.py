@@ -11,7 +11,7 @@ from torch import Tensor
 from sightline.checking.attention_mistakes import CAUSAL, MASKS, NOT_CAUSAL, SCORES
 from sightline.checking.definitions import Maps, Steps, causal, multi_head
 from sightline.checking.discovery import PATTERNS
-from sightline.checking.findings import Example, Finding, changes, number, rows
+from sightline.checking.findings import Example, Finding, changes, hold, number, rows
 from sightline.checking.maps import readings
 from sightline.checking.mistakes import TOLERANCE, Mistake, difference, explain
 from sightline.checking.module_mistakes import HEADS, LOST, ROLES
@@ -47,6 +47,7 @@ class Module:
     inputs: int
     """How often it takes its input: once, or as query, key and value."""
     mask: str | None
+    mask_required: bool
     hide: bool
     x: Tensor
     layout: Layout = LAYOUTS[0]
@@ -74,6 +75,8 @@ class Module:
         dtype = torch.float32 if self.library == "torch" else torch.float64
         tensors = {"x": self.layout.give(x).contiguous().to(dtype)}
         named: dict[str, Any] = {}
+        if mask is None and self.mask_required:
+            mask = torch.full((TOKENS, TOKENS), not self.hide)
         if mask is not None:
             tensors["mask"] = mask
             named[str(self.mask)] = ["tensor", "mask"]
@@ -126,6 +129,7 @@ def examine(
         inputs=3 if sum(one["required"] and one["name"] not in masks for one in parameters) >= 3 else 1,
         # nn.MultiheadAttention has two, and the first is for padding.
         mask="attn_mask" if "attn_mask" in masks else masks[0] if masks else None,
+        mask_required=any(one["required"] and one["name"] in masks for one in parameters),
         hide=hide or subject.told["multihead"],
         x=torch.randn(BATCH, TOKENS, len(meant[0].weights["query"]), generator=random).double(),
         maps=meant[0],
@@ -139,7 +143,7 @@ def examine(
     if tuple(output.shape) != shape:
         return module, [Finding(law="shape", status="fail", said=f"expected {shape}, got {tuple(output.shape)}")], None
     findings = [Finding(law="shape", status="ok", said=f"{shape}"), *_definition(module, output)]
-    findings += [finding for law in LAWS if (finding := law(module)) is not None]
+    findings += hold(module, LAWS)
     example = None
     if not module.holds:
         size = min(3, shape[-1])
@@ -321,12 +325,12 @@ def _gradients(module: Module) -> Finding | None:
     return Finding(law=law, status="ok", said=f"of the input and of the weights, largest difference {number(error)}")
 
 
-LAWS: tuple[Callable[[Module], Finding | None], ...] = (
-    _weights,
-    _permutation,
-    _causal,
-    _mask,
-    _inputs,
-    _repeats,
-    _gradients,
-)
+LAWS: dict[str, Callable[[Module], Finding | None]] = {
+    "the weights": _weights,
+    "order of tokens": _permutation,
+    "causality": _causal,
+    "mask": _mask,
+    "inputs": _inputs,
+    "twice the same": _repeats,
+    "gradients": _gradients,
+}

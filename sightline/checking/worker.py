@@ -188,19 +188,28 @@ class Worker:
             return True
         return any(isinstance(value, Tensor) for value in vars(self._subject).values())
 
-    def time(self, tensors: dict[str, Tensor], arguments: list[Any], named: dict[str, Any], library: str) -> Answer:
-        """Median seconds and peak bytes above the inputs, theirs and those of PyTorch's own, in turn."""
-        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    def time(
+        self,
+        tensors: dict[str, Tensor],
+        arguments: list[Any],
+        named: dict[str, Any],
+        library: str,
+        causal: bool,
+        within: float,
+    ) -> Answer:
+        """Median seconds and peak bytes above the inputs, theirs and those of PyTorch's own, in turn.
+
+        At most five rounds, and no further one after `within` seconds.
+        """
+        query, key, value = (tensors[f"reference.{name}"] for name in ("query", "key", "value"))
         sides: dict[str, Callable[[], object]] = {
             "theirs": lambda: self._run(tensors, arguments, named, library, False)[0],
-            "reference": lambda: F.scaled_dot_product_attention(query, key, value),
+            "reference": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal),
         }
-        told: dict[str, Any] = {}
-        for name, run in sides.items():
-            run()
-            told[f"{name}_bytes"] = _peak_bytes(run)
+        begin = time.perf_counter()
+        told: dict[str, Any] = {f"{name}_bytes": _peak_bytes(run) for name, run in sides.items()}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(5):
+        while len(seconds["theirs"]) < 1 or (len(seconds["theirs"]) < 5 and time.perf_counter() - begin < within):
             for name, run in sides.items():
                 start = time.perf_counter()
                 run()
@@ -224,6 +233,7 @@ def _limit_memory(limit: int) -> bool:
 def _peak_bytes(run: Callable[[], object]) -> int | None:
     """The most memory that a call held above what was held before; None where the system does not tell."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    run()  # what the first call loads is none of its tensors
     if not status.exists() or not os.access(clear, os.W_OK):
         return None
     clear.write_text("5", encoding="ascii")  # the peak is counted anew
@@ -248,8 +258,10 @@ def _defined(module: Any) -> list[str]:
 
 
 def _described(subject: Any, module: Any) -> dict[str, Any]:
-    uses = any(getattr(value, "__name__", "").split(".")[0] == "torch" for value in vars(module).values())
-    uses = uses or any(getattr(value, "__module__", "").split(".")[0] == "torch" for value in vars(module).values())
+    used = _libraries(vars(module).values())
+    code = getattr(subject, "__code__", None)
+    own = _libraries(vars(module).get(name) for name in code.co_names) if code else set()
+    uses = "torch" in own or ("torch" in used and "numpy" not in own)
     is_object = _is_object(subject)
     return {
         "callable": callable(subject),
@@ -258,6 +270,12 @@ def _described(subject: Any, module: Any) -> dict[str, Any]:
         "torch": uses,
         "parameters": _parameters(subject) if callable(subject) and not is_object else [],
     }
+
+
+def _libraries(values: Iterable[Any]) -> set[str]:
+    """The packages that some values are, or come from."""
+    homes = ((getattr(value, "__name__", ""), getattr(value, "__module__", "")) for value in values)
+    return {str(home).split(".")[0] for both in homes for home in both}
 
 
 def _is_object(subject: Any) -> bool:
