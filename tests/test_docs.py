@@ -182,6 +182,7 @@ def test_every_option_that_a_page_names_is_one(capsys):
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--version"}
+    known |= {"--logdir"}  # TensorBoard's
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
         assert named <= known, f"{name(page)} names {sorted(named - known)}"
