@@ -84,9 +84,11 @@ def train(
     cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
     resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
     download: Annotated[bool, arg(help="Fetch the named corpus first; says what and from where.")] = False,
+    plan: Annotated[bool, arg(help="Only tell what would be: tokens, model, memory, time; writes nothing.")] = False,
     log: Annotated[Literal["tensorboard"] | None, arg(help="Write TensorBoard's files into the folder too.")] = None,
 ) -> None:
     """Train a Transformer on text, keeping its best and its latest step in a folder."""
+    from sightline import plan as planning
     from sightline import training
     from sightline.curves import LossPicture
     from sightline.progress import TrainProgress
@@ -95,21 +97,21 @@ def train(
     board = nullcontext() if log is None else TensorBoard(out)
     if download:
         _download(source)
-    changes = {name: value for name, value in vars(model).items() if value is not None}
+    choices: dict[str, Any] = {
+        "preset": preset,
+        "model": {name: value for name, value in vars(model).items() if value is not None},
+        "tokenizer": tokenizer,
+        "vocabulary": vocabulary,
+        "config": TrainConfig(**vars(schedule)),
+        "errors": errors,
+        "resume": resume,
+    }
+    if plan:
+        print(planning.plan(source, out, **choices))
+        return
     with LossPicture(out) as picture, board as board, TrainProgress() as progress:
-        result = training.train(
-            source,
-            out,
-            preset=preset,
-            model=changes,
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            config=TrainConfig(**vars(schedule)),
-            cache=cache,
-            errors=errors,
-            resume=resume,
-            listener=_each(picture, *([board] if board else []), progress),
-        )
+        listener = _each(picture, *([board] if board else []), progress)
+        result = training.train(source, out, **choices, cache=cache, listener=listener)
     print(f"best at step {result.best_step:,}: {result.best}")
     print(f"loss curve: {picture.drawn}")
     print(f'next: sightline generate --model {out} "Some words to start with"')

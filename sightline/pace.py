@@ -98,3 +98,14 @@ class Pace:
         before = self._step if self._looked == self._step else self._step - 1  # looked at, or passed without need
         looks = 0 if before >= steps else math.ceil(steps / every) - max(before, 0) // every
         return (steps - self._step) * step_seconds + looks * self._look
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person reads them.
+
+    >>> clock(75), clock(3661)
+    ('1:15', '1:01:01')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

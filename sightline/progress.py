@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sightline.events import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
 from sightline.memory import shown
-from sightline.pace import Pace
+from sightline.pace import Pace, clock
 
 # Where there is no terminal, lines of steps are at least so far apart in seconds, and in shares of the run.
 _QUIET_SECONDS, _QUIET_SHARE = 10.0, 0.02
@@ -114,7 +114,7 @@ class TrainProgress:
         left = self.pace.left
         if left is None:
             return []
-        return [f"{_clock(max(0.0, left - (time.perf_counter() - self._heard)))} left"]
+        return [f"{clock(max(0.0, left - (time.perf_counter() - self._heard)))} left"]
 
     def _say(self, line: str) -> None:
         self._spoke = time.perf_counter()
@@ -158,12 +158,6 @@ def _evaluated(event: Evaluated) -> str:
 def _ended(event: Ended) -> str:
     memory = f", {shown(event.peak_bytes)} of memory at most" if event.peak_bytes else ""
     return (
-        f"ended at step {event.step:,} by its {event.stopped}: {_clock(event.seconds)}, "
+        f"ended at step {event.step:,} by its {event.stopped}: {clock(event.seconds)}, "
         f"{event.tokens_per_second:,.0f} tokens/s{memory}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

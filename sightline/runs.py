@@ -64,7 +64,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._lock = Lock(self.out / LOCK)
         self._is_new = not self.out.exists()
-        self._check(resume)
+        check_folder(self.out, resume=resume)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if not self._lock.take():
@@ -75,7 +75,7 @@ class RunFolder:
         except OSError as error:
             raise self._cannot_write(error) from error
         try:
-            self._check(resume)  # what that process may have left since
+            check_folder(self.out, resume=resume)  # what that process may have left since
             with self._log.open("a", encoding="utf-8"):
                 pass
             for path in self.out.glob(TEMPORARY + "*"):
@@ -107,28 +107,6 @@ class RunFolder:
 
     def _cannot_write(self, error: OSError) -> ValueError:
         return ValueError(f"expected a folder that can be written, but {self.out}: {error}; choose another --out")
-
-    def _check(self, resume: bool) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"expected a folder, but {self.out} is a file: choose another --out")
-        found = steps(self.out)
-        pointer = self.out / "checkpoint.json"
-        if found and not resume:
-            step = found[0].name.removeprefix("step-")
-            raise ValueError(f"{self.out} holds a run at step {step}: add --resume to go on, or choose another --out")
-        if not found and pointer.exists():
-            raise ValueError(f"expected the steps that {pointer} names, but they are missing: choose another --out")
-        if not found and resume:
-            raise ValueError(
-                f"expected a run to go on with, but {self.out} holds none: leave --resume out to start one"
-            )
-        if not found and self.out.exists():
-            names = {path.name for path in self.out.iterdir() if not path.name.startswith(TEMPORARY)}
-            if names - _OURS:
-                raise ValueError(
-                    f"expected a new or empty folder, but {self.out} holds {min(names - _OURS)!r} and no run: "
-                    "choose another --out"
-                )
 
     def _newest_whole_step(self) -> str:
         damage = []
@@ -218,6 +196,32 @@ class RunFolder:
                 log.write(json.dumps(as_record(event)) + "\n")
         except OSError as error:
             raise ValueError(f"expected to write {self._log}, but: {error}; free some space") from error
+
+
+def check_folder(out: Path, *, resume: bool) -> None:
+    """Whether a run may start in a folder, or go on there; nothing is written.
+
+    Raises:
+        ValueError: as `RunFolder`, but for what only writing tells.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder, but {out} is a file: choose another --out")
+    found = steps(out)
+    pointer = out / "checkpoint.json"
+    if found and not resume:
+        step = found[0].name.removeprefix("step-")
+        raise ValueError(f"{out} holds a run at step {step}: add --resume to go on, or choose another --out")
+    if not found and pointer.exists():
+        raise ValueError(f"expected the steps that {pointer} names, but they are missing: choose another --out")
+    if not found and resume:
+        raise ValueError(f"expected a run to go on with, but {out} holds none: leave --resume out to start one")
+    if not found and out.exists():
+        names = {path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)}
+        if names - _OURS:
+            raise ValueError(
+                f"expected a new or empty folder, but {out} holds {min(names - _OURS)!r} and no run: "
+                "choose another --out"
+            )
 
 
 def _remove(path: Path) -> None:

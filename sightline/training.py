@@ -75,7 +75,7 @@ def train(
     """
     out = Path(out)
     changes = dict(model or {})
-    _decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
+    decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
     RunFolder(out, resume=resume).close()  # what is refused is refused before a long text is read
     corpus = open_corpus(source, errors=errors)
@@ -83,13 +83,13 @@ def train(
         warnings.warn(corpus.left_out, stacklevel=2)
     with RunFolder(out, resume=resume) as folder:
         if resume:
-            text = _same_tokenizer(folder.step, tokenizer, vocabulary)
+            text = same_tokenizer(folder.step, tokenizer, vocabulary)
         else:
-            text = _new_tokenizer(corpus, tokenizer, vocabulary)
+            text = new_tokenizer(corpus, tokenizer, vocabulary)
         data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            decoder = Decoder(_decoder_config(preset, len(text), changes))
+            decoder = Decoder(decoder_config(preset, len(text), changes))
         decoder.tokenizer = text
         return _fit(decoder, data, folder, config, listener)
 
@@ -172,17 +172,25 @@ def _bpe_vocabulary(corpus: Corpus) -> int:
     return min(max(corpus.size("train") // 256, 512), 16_384)
 
 
-def _new_tokenizer(corpus: Corpus, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+def new_tokenizer(
+    corpus: Corpus, kind: Kind | None, vocabulary: int | None, *, most_bytes: int = _VOCABULARY_BYTES
+) -> Tokenizer:
+    """The tokenizer of a text; the merges of BPE are those of so many bytes at most, evenly taken."""
     chosen, size = choose_tokenizer(corpus)
     if kind is not None and kind != chosen:
         chosen, size = kind, _bpe_vocabulary(corpus) if kind == "bpe" else None
     texts = corpus.texts("train")
     if chosen == "bpe":  # its merges are a matter of frequency: of a large text a sample tells them
-        texts = itertools.islice(texts, 0, None, -(-corpus.size("train") // _VOCABULARY_BYTES))
+        texts = itertools.islice(texts, 0, None, -(-corpus.size("train") // most_bytes))
     return Tokenizer.train(chosen, texts, size if vocabulary is None else vocabulary)
 
 
-def _decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> DecoderConfig:
+    """The preset with changes.
+
+    Raises:
+        ValueError: an unknown preset, an unknown or a bad setting.
+    """
     if preset not in get_args(Preset):
         raise ValueError(f"expected preset to be {' or '.join(get_args(Preset))}, got {preset!r}")
     if "vocabulary" in changes:
@@ -192,7 +200,12 @@ def _decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any])
     return make(vocabulary=vocabulary, **changes)
 
 
-def _same_tokenizer(step: Path, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+def same_tokenizer(step: Path, kind: Kind | None, vocabulary: int | None) -> Tokenizer:
+    """The tokenizer of a run that goes on from a step.
+
+    Raises:
+        ValueError: there is none, or another was asked for.
+    """
     _, stored = read_config(step)
     if stored is None:
         raise ValueError(f"expected a run with a tokenizer to go on with, but {step} has none: use fit")

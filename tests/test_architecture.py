@@ -18,7 +18,7 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"checking.command"},
-    {"demo", "diagnosis", "bench", "looking", "progress", "options", "tensorboard"},
+    {"demo", "diagnosis", "bench", "looking", "progress", "options", "plan", "tensorboard"},
     {"checking.checks"},
     {"checking.attention_laws", "checking.encoding_laws", "checking.module_laws"},
     {"checking.discovery"},
