@@ -692,9 +692,18 @@ def test_the_report_is_narrow_and_complete(tmp_path):
     assert len(told["example"]["yours"]) == len(told["example"]["expected"]) == 3
 
 
+def test_what_is_not_finite_is_null_for_programs(tmp_path):
+    report = checked(tmp_path, PLAIN.replace("weights @ v", "weights @ v / 0"))
+    assert not report.passed
+    assert json.dumps(report.to_json(), allow_nan=False)
+    assert names(report) == []
+
+
 @pytest.mark.parametrize(
     ("code", "config", "says"),
     [
+        ("def mine(q, k, v):\n    return torch.zeros(()).expand(10**9)", {}, "returned 1000000000 numbers"),
+        ("def mine(q, k, v):\n    return q + 1j", {}, "expected a few real ones"),
         (
             "def mine(q, k):\n    return q",
             {"kind": "attention"},

@@ -1,6 +1,7 @@
 """What a check found: a line a law, the mistakes that explain it, a small example; as text for people and as JSON."""
 
 import dataclasses
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Report:
             "convention": self.convention,
             "laws": [{"law": one.law, "status": one.status, "said": one.said} for one in self.findings],
             "mistakes": [{"name": one.name, "what": one.what, "fix": one.fix} for one in self.mistakes],
-            "example": None if self.example is None else dataclasses.asdict(self.example),
+            "example": None if self.example is None else _finite(dataclasses.asdict(self.example)),
             "printed": self.printed,
             "notes": list(self.notes),
         }
@@ -104,6 +105,15 @@ class Report:
         held = sum(finding.status == "ok" for finding in self.findings)
         lines += ["", f"{failed} of {failed + held} laws fail" if failed else f"all {held} laws hold"]
         return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:

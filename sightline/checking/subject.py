@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sightline.checking.worker import receive, send
@@ -120,6 +121,8 @@ class Subject:
         start = time.monotonic()
         try:
             answer = receive(self._process.stdout, _ANSWER)
+        except (ValueError, SafetensorError) as error:
+            raise CheckError(f"{self.file} wrote into the answers of its own process, while {doing}") from error
         finally:
             timer.cancel()
         if answer is None:
@@ -147,7 +150,9 @@ class Subject:
             return CheckError(
                 f"{at} did not come back within {self._seconds:g} s, while {doing}; is there an endless loop?"
             )
-        if code < 0 and code != -signal.SIGKILL:
+        if code < 0 and code == -signal.SIGKILL:
+            return CheckError(f"{self.file} was ended by the system, while {doing}; is there enough memory?")
+        if code < 0:
             return CheckError(f"{at} crashed with {signal.Signals(-code).name}, while {doing}")
         return CheckError(f"{at} ended its process with code {code}, while {doing}")
 

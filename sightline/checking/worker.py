@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SIZE = struct.Struct("<Q")
+_LARGEST = 10_000_000
+"""Numbers that a result may have."""
 
 Answer = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -100,10 +102,11 @@ class Worker:
         self._file = Path(file)
         limited = memory is None or _limit_memory(memory)
         sys.path.insert(0, str(self._file.parent))
-        spec = importlib.util.spec_from_file_location(self._file.stem, self._file)
+        # A name that no library has: the file may be called torch.py.
+        spec = importlib.util.spec_from_file_location(f"checked_{self._file.stem}", self._file)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules[self._file.stem] = module
+        sys.modules[module.__name__] = module
         spec.loader.exec_module(module)
         there = _defined(module)
         found = name if name is not None else there[0] if len(there) == 1 else None
@@ -335,13 +338,15 @@ def _results(result: Any) -> list[Tensor]:
 
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        if value.is_complex() or value.numel() > _LARGEST:
+            raise TypeError(f"returned {value.numel()} numbers of {value.dtype}, expected a few real ones")
         return value
     if isinstance(value, list) and value and all(isinstance(one, Tensor) for one in _flat(value)):
         return torch.stack([_tensor(one) for one in value])
     array = np.asarray(value) if isinstance(value, (list, float, int, np.ndarray, np.generic)) else None
     if array is None or array.dtype.kind not in "fiub":
         raise TypeError(f"returned {type(value).__name__}, expected an array or a tuple of arrays")
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return _tensor(torch.from_numpy(np.ascontiguousarray(array)))
 
 
 def _flat(values: list[Any]) -> Iterable[Any]:
