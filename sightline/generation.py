@@ -13,9 +13,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sightline.layers import scores
 from sightline.models import Decoder, evaluating
 from sightline.tokenizers import Tokenizer
 
@@ -209,7 +209,7 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
             # positions that a model makes on the way must serve its training too.
             with torch.no_grad():
                 features = model.features(torch.tensor([unread], device=head.device), cache=cache)
-                token = _draw(F.linear(features[0, -1], head), config, generator)
+                token = _draw(scores(features[0, -1], head), config, generator)
             window.append(token)
             unread = window if cache is None else [token]
             count += 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sightline.attention import attention, observe
 from sightline.cache import Cache
+from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
 from sightline.shapes import shaped
@@ -186,7 +187,7 @@ class MultiHeadAttention(nn.Module):
             heads = self.observer(query, key, value, mask, scale=None, softcap=None, sinks=None)
         else:
             heads = attention(query, key, value, mask, dropout=self.dropout if self.training else 0.0)
-        output = self.output(heads.transpose(1, 2).flatten(-2))
+        (output,) = linear_maps(heads.transpose(1, 2).flatten(-2), self.output)
         return (output, _weights(query, key, value, mask).flatten(0, 1)) if return_weights else output
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +204,7 @@ class MultiHeadAttention(nn.Module):
 
     def _joined(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
         if not self.training:
-            return [linear(x) for linear in maps]
+            return linear_maps(x, *maps)
         # One product instead of three, and two instead of six in the backward, for a copy of the weights.
         bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
         joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
@@ -232,6 +233,22 @@ class MultiHeadAttention(nn.Module):
                     linear.bias.chunk(parts)[part].uniform_(-bound, bound)
 
 
+def linear_maps(x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    """What each of up to three maps makes of x; of few rows, as in decoding, the native kernel computes them together.
+
+    A module in a linear map's place, or a hook, is called.
+    """
+    plain = all(type(map) is nn.Linear and not map._forward_hooks and not map._forward_pre_hooks for map in maps)
+    if plain and cpu.projects(x, *(map.weight for map in maps)):
+        return cpu.project(x, *((map.weight, map.bias) for map in maps))
+    return [map(x) for map in maps]
+
+
+def scores(x: Tensor, weight: Tensor) -> Tensor:
+    """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
+    return cpu.project(x, (weight, None))[0] if cpu.projects(x, weight) else F.linear(x, weight)
+
+
 class FeedForward(nn.Module):
     """The same two-layer network on every token.
 
@@ -254,8 +271,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+            (up,) = linear_maps(x, self.up)
+            hidden = self.activation(up)
+        else:
+            gate, up = linear_maps(x, self.gate, self.up)
+            hidden = self.activation(gate) * up
+        (output,) = linear_maps(hidden, self.down)
+        return output
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.cache import Cache
-from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
+from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm, scores
 from sightline.losses import next_token_loss
 from sightline.ngrams import Ngrams
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
@@ -212,7 +212,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, *, cache: Cache | None = None) -> Tensor:
         """Logits (batch tokens vocabulary): at token i, the scores of token i + 1."""
-        return F.linear(self.features(tokens, cache=cache), self._head_weight)
+        return scores(self.features(tokens, cache=cache), self._head_weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood of `targets` (batch tokens), each the token after one of `tokens`, in nats.

@@ -1,12 +1,14 @@
 """The native CPU kernel: attention, and attention that says what it saw, in one pass and O(N) memory.
 
-The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is four torch operators:
-`sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`.
+The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is five torch operators:
+`sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`,
+and `sightline::project`, linear maps of few rows.
 (Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPERATORS = ("forward", "backward", "observe", "pool")
+OPERATORS = ("forward", "backward", "observe", "pool", "project")
+FEW_ROWS = 8
+"""So many rows of a linear map read its weights faster here than in a matrix product by the library."""
 LAST_ARGUMENT = "seed"
 """Of the backward, which is the one to grow when the operators do: tells a library of older sources."""
 HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
@@ -194,6 +198,24 @@ def pool(
     )
 
 
+def projects(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
+    if MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+
+
+def project(x: Tensor, *maps: tuple[Tensor, Tensor | None]) -> Sequence[Tensor]:
+    """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
+    arguments = [part for weight_and_bias in maps for part in weight_and_bias]
+    rows = x.reshape(-1, x.shape[-1])
+    joined = torch.ops.sightline.project.default(rows, *arguments, *(None,) * (6 - len(arguments)))
+    joined = joined.view(*x.shape[:-1], -1)
+    return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
+
+
 class _Attention(torch.autograd.Function):
     """Keeps output and logsumexp: the weights are recomputed. `seen`: both, where they are known already."""
 
@@ -274,6 +296,10 @@ if _library is not None:
         by_input = (_empty_output(t, t) for t in (query, key, value))
         by_mask = (bias.clone() if to_bias else none, slopes.clone() if to_slopes else none)
         return (*by_input, logsumexp.clone(), *by_mask)
+
+    @torch.library.register_fake("sightline::project")
+    def _(x: Tensor, *maps: Tensor | None) -> Tensor:
+        return x.new_empty(len(x), sum(len(weight) for weight in maps[::2] if weight is not None))
 
     @torch.library.register_fake("sightline::pool")
     def _(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,16 @@ struct BackwardPlan {
   float* slopes;        // (batch heads shares): parts of the slopes' gradient; null: not asked for
 };
 
+// One linear map of few rows: out[row] = weight x[row] + bias.
+struct Projection {
+  const float* x;  // (rows depth)
+  int64_t rows, depth;
+  const float* weight;  // (columns depth)
+  const float* bias;    // (columns), or null
+  float* out;           // (rows columns), out_row from one row to the next
+  int64_t columns, out_row;
+};
+
 // The work of one instruction set. `unit` counts from 0; `scratch` is 64-byte aligned and private to the worker.
 struct Kernels {
   const char* name;
@@ -111,6 +121,7 @@ struct Kernels {
   void (*pack_rows)(const Call&, const BackwardPlan&, int64_t unit);               // (batch, head, block)
   void (*backward)(const Call&, const BackwardPlan&, int64_t unit, float* scratch);  // (batch, group, share)
   void (*gather_queries)(const Call&, const BackwardPlan&, int64_t unit);          // (batch, head, block)
+  void (*project)(const Projection&, int64_t first, int64_t last);  // columns
   // Independent multiply-adds and nothing else, for the benchmark's ceilings: of floats, or by the bf16 dot product (0
   // without one). How many there were.
   int64_t (*probe)(int64_t rounds, bool dot, float* out);
