@@ -112,9 +112,9 @@ FAMILIES = DECODERS | ENCODERS | PAIRS
 def build(family: str, implementation: str, **changes: Any) -> Any:
     """The same weights for every implementation; large enough that heads differ in what they look at."""
     made, shape, options = FAMILIES[family]
-    config = getattr(transformers, shape)(**(options | changes), attn_implementation=implementation)
+    config = getattr(transformers, shape)(**(options | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, made)(config).eval()
+    model = getattr(transformers, made)._from_config(config, attn_implementation=implementation).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sightline.huggingface.interface import enable as enable
+    from sightline.huggingface.watching import watch as watch
 
 # Imported when first asked for: folders of transformers are opened without these.
-_LATER = {"enable": "interface"}
+_LATER = {"enable": "interface", "watch": "watching"}
 
 __all__ = sorted(_LATER)  # pyright: ignore[reportUnsupportedDunderAll] (computed)
 

@@ -46,11 +46,21 @@ HARMLESS = {
 class Watcher(Protocol):
     """Somebody who looks at the attention of some modules."""
 
-    def options(self, module: nn.Module) -> dict[str, Any] | None:
-        """How `observe()` is to look; None: not at this module."""
-        ...
+    def takes(self, module: nn.Module) -> bool: ...
 
-    def keep(self, module: nn.Module, seen: Observation, recipe: Recipe | None, sinks: Tensor | None) -> None: ...
+    def see(
+        self,
+        module: nn.Module,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        mask: Mask,
+        recipe: Recipe | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """One call of attention, computed in its place: what `attention()` gives."""
+        ...
 
 
 WATCHERS: list[Watcher] = []
@@ -156,21 +166,22 @@ def _attend(
         mask = mask & Bias(position_bias[..., :keys])
     sinks = None if s_aux is None else s_aux.flatten()
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
-    looking = [(watcher, how) for watcher in WATCHERS if (how := watcher.options(module)) is not None]
+    watchers = [watcher for watcher in WATCHERS if watcher.takes(module)]
     asked = output_attentions or bool(_ASKING)
-    if not looking and not asked:
-        return _outward(attention(query, key, value, mask, dropout=dropout, **options)), None
-    if dropout:
+    if dropout and (watchers or asked):
         raise ValueError("attention with dropout cannot be observed: call model.eval(), or do not look while training")
-    options |= looking[0][1] if looking else {"map_block": 0}
-    seen = observe(query, key, value, mask, **options)
-    for watcher, _ in looking:
-        watcher.keep(module, seen, attention_mask if isinstance(attention_mask, Recipe) else None, sinks)
-    return _outward(seen.output), seen if asked else None
-
-
-def _outward(output: Tensor) -> Tensor:
-    return output.transpose(1, 2).contiguous()
+    if asked:
+        seen = observe(query, key, value, mask, **options, map_block=0)
+        output = seen.output
+    else:
+        seen = None
+        output = None if watchers else attention(query, key, value, mask, dropout=dropout, **options)
+    for watcher in watchers:
+        recipe = attention_mask if isinstance(attention_mask, Recipe) else None
+        output = watcher.see(module, (query, key, value), mask, recipe, **options)
+    assert output is not None
+    # The native kernel's output lies so already.
+    return output.transpose(1, 2).contiguous(), seen
 
 
 def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
