@@ -35,7 +35,7 @@ ROWS = [
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"viewer.manifest"},
     {"pyramid"},
-    {"inspection", "schedule", "conversion"},
+    {"inspection", "schedule", "conversion", "huggingface.watching"},
     {"recording"},
     {"sequences"},
     {"store", "bridges"},
