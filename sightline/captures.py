@@ -21,6 +21,8 @@ PAIRS = 2**14
 FRAME_HEIGHT = 760
 """Pixels of the page in a notebook: a fixed number, as frames that follow their content shrink in some of them."""
 
+UNTRUSTED = "Sightline: run this cell, or trust the notebook, to see the map."
+
 AXES = {
     "queries": "layers heads queries width",
     "keys": "layers groups keys width",
@@ -270,7 +272,8 @@ class Capture:
         except ValueError as error:  # too large for a notebook: said in its place
             return f"<p>{escape(str(error))}</p>"
         style = f"width: 100%; height: {FRAME_HEIGHT}px; border: 0"
-        return f'<iframe title="Sightline" style="{style}" srcdoc="{escape(html)}"></iframe>'
+        # No browser shows the text in a frame; notebooks that are not trusted take frames away and leave their text.
+        return f'<iframe title="Sightline" style="{style}" srcdoc="{escape(html)}">{UNTRUSTED}</iframe>'
 
     def check_head(self, head: int) -> None:
         """Raises ValueError for a head that is not there."""

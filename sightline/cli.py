@@ -5,6 +5,7 @@ one command needs is imported there.
 """
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -391,4 +392,6 @@ def _fail(where: str, message: str, code: int = 2) -> int:
 
 def entry() -> None:
     """The `sightline` program."""
+    # The default would end it at once, and leave behind what is temporary.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -128,9 +128,8 @@ def test_chosen_heads_stand_in_the_order_given_and_copy_nothing():
 def test_a_notebook_shows_the_page_in_a_frame():
     seen = structured(("<script>alert(1)</script>", '"quoted" & co', "x"))
     html = seen._repr_html_()
-    assert re.fullmatch(
-        r'<iframe title="Sightline" style="[^"<>]*height: \d+px[^"<>]*" srcdoc="[^"<>]*"></iframe>', html
-    )
+    frame = r'<iframe title="Sightline" style="[^"<>]*height: \d+px[^"<>]*" srcdoc="[^"<>]*">'
+    assert re.fullmatch(frame + "Sightline: run this cell[^<>]*</iframe>", html)
     assert unescape(re.findall(r'srcdoc="([^"]*)"', html)[0]) == page(seen)
 
 

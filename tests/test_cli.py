@@ -5,9 +5,12 @@ import functools
 import inspect
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -753,6 +756,41 @@ def test_look_at_what_is_not_there(trained, words, text, tmp_path, refused):
     refused("look", "--model", trained, says=("needs --model and --text, or the --capture",))
     refused("look", "--capture", trained, says=("holds no capture.json",))
     refused("look", "--capture", trained, "--tokens", 3, says=("--capture is a capture already",))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_stopped_leaves_nothing_behind(trained, tmp_path, number):
+    command = [
+        sys.executable,
+        "-m",
+        "sightline",
+        "look",
+        "--model",
+        str(trained),
+        "--text",
+        "-",
+        "--port",
+        "0",
+        "--no-open",
+    ]
+    options = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": os.environ | {"TMPDIR": str(tmp_path)},
+    }
+    # A shell that starts a program in the background lets it ignore Ctrl-C, and so does a test runner that it started.
+    with subprocess.Popen(
+        command, **options, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as process:
+        process.stdin.write(TEXT)
+        process.stdin.close()
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        assert [folder.name.startswith("sightline-") for folder in tmp_path.iterdir()] == [True]
+        process.send_signal(number)
+        assert process.wait(30) == (130 if number == signal.SIGINT else 143)
     assert not any(tmp_path.iterdir())
 
 

@@ -20,8 +20,9 @@ from sightline.captures import Capture
 from sightline.inspection import capture
 from sightline.masks import Allowed, Causal, Mask, Padding, Window
 from sightline.models import Decoder, DecoderConfig
+from sightline.recording import Recorder
 from sightline.viewer.page import page
-from sightline.viewer.server import serve
+from sightline.viewer.server import Server, serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 pytestmark = pytest.mark.slow
@@ -50,7 +51,9 @@ def look(browser, tmp_path):
     said, asked, own, servers, forgiven = [], [], [], [], []
 
     def open_page(captures, fragment="#theme=light", source="server"):
-        if source == "server":
+        if isinstance(captures, Server):
+            own.append(captures.url)
+        elif source == "server":
             servers.append(serve(captures, port=0, block=False))
             own.append(servers[-1].url)
         elif source == "file":
@@ -532,6 +535,75 @@ def test_controls_have_names_and_keys(look):
     tab.keyboard.press("b")
     still(tab)
     assert tab.get_attribute("#seen", "aria-pressed") == "true"
+
+
+def grown(seen: Capture, count: int) -> Capture:
+    """The beginning of a capture, as if the rest had not been written yet."""
+    words, ids = seen.key_tokens[:count], seen.ids[:count]
+    recorder = Recorder(seen.layers)
+    for row, layer in enumerate(seen.layers):
+        query, key = (part[row : row + 1, :, :count] for part in (seen.queries, seen.keys))
+        recorder(layer, query, key, key, seen.masks[row], scale=seen.scales[row])
+    return recorder.capture(words, ids=ids, separator=seen.separator, model=seen.model, prompt=60)
+
+
+def test_what_a_model_writes_appears_as_it_writes(look):
+    whole = modelled(200)
+
+    with serve(grown(whole, 60), goal=200, port=0, block=False) as server:
+        tab = look(server)
+        assert "writing, 0 of 140" in tab.inner_text("#model") and tab.get_attribute("#model", "aria-busy") == "true"
+        for count in (90, 140):
+            server.show(grown(whole, count), goal=200)
+            until(tab, f"document.getElementById('model').textContent.includes('writing, {count - 60} of 140')")
+            still(tab)
+            assert check(tab, whole, 0, 0) == (count - 1, count - 1)  # the newest word is followed
+        tab.locator("#text .token").nth(100).click()
+        server.show(grown(whole, 200), goal=None)
+        until(tab, "document.getElementById('announce').textContent === 'The model has written 140 tokens'")
+        still(tab)
+        assert check(tab, whole, 0, 0)[0] == 100  # a chosen one is not left
+        assert tab.get_attribute("#model", "aria-busy") == "false" and "140 written" in tab.inner_text("#model")
+        assert len(tab.locator("#text .token.written").all()) == 140
+
+
+EDITOR = """default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';
+    img-src 'self' https: http: data:; font-src 'self' https:; connect-src https:; child-src https: data:"""
+"""What Visual Studio Code allows the outputs of a notebook."""
+
+
+@pytest.mark.parametrize("policy", ["", EDITOR], ids=["notebook", "editor"])
+def test_a_cell_of_a_notebook_shows_the_map_again_after_a_reload(browser, tmp_path, policy):
+    seen, said = structured(), []
+    file = tmp_path / "cell.html"
+    head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">' if policy else ""
+    file.write_text(f"<!doctype html><meta charset=utf-8>{head}{seen._repr_html_()}", encoding="utf-8")
+    tab = browser.new_page(viewport={"width": 1000, "height": 800})
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(file.as_uri())
+    for _ in range(2):
+        frame = tab.frame_locator("iframe")
+        frame.locator("#weight[value]:not([value=''])").wait_for()
+        assert float(frame.locator("#weight").get_attribute("value")) == pytest.approx(
+            seen.weights(0, 0)[-1, -1].item()
+        )
+        assert "run this cell" not in tab.inner_text("body")
+        tab.reload()
+    tab.close()
+    assert said == []
+
+
+def test_what_the_mask_hides_is_dim_in_the_text(look):
+    tab = look(structured(mask=Causal() & Window(before=4, after=0)))
+    tab.locator("#text .token").nth(6).click()
+    still(tab)
+    dim = tab.locator("#text .token").evaluate_all("all => all.map(one => one.classList.contains('masked'))")
+    assert dim == [True] * 2 + [False] * 5 + [True] * 3
+    tab.click("#seen")
+    still(tab)
+    dim = tab.locator("#text .token").evaluate_all("all => all.map(one => one.classList.contains('masked'))")
+    assert dim == [True] * 6 + [False] * 4
 
 
 def unlike(found: Image.Image, expected: Image.Image) -> float:

@@ -31,6 +31,10 @@ function clip(context, x, y, width, height, inside) {
 	context.restore()
 }
 const tilePath = (spec, level, row, column) => `tile/${spec.path}/${state.pool}/${level}/${row}/${column}`
+function hides({capture, layer}, query, key) { // by position, or as padding
+	const {before, after} = capture.masks[capture.layers.indexOf(layer)], {queries, keys, length} = capture, far = query + keys - queries - key
+	return (after !== null && -far > after) || (before !== null && far > before) || key >= (length ?? keys)
+}
 function blank({capture, layer}, level, row, column) { // nothing of the tile is seen, by position
 	const {before, after} = capture.masks[capture.layers.indexOf(layer)], {queries, keys, length} = capture
 	const size = TILE * 2 ** level, first = row * size + keys - queries, last = min(keys, first + size) - 1

@@ -138,8 +138,8 @@ function textMark(side, n) {
 function markText() {
 	const weights = new Map(listed()), top = max(...weights.values()), side = facing()
 	for (const mark of reading.runs.flatMap(({marks}) => marks)) {
-		const place = pinOf(mark.side, mark.at), weight = place[side] === null ? undefined : weights.get(place[side]), classes = {
-			top: weight, asking: place[state.list] === subject(), pointed: place[side] === state.cell[side], written: isWritten(mark.side, mark.at)}
+		const place = pinOf(mark.side, mark.at), at = place[side], pair = meet(at), weight = at === null ? undefined : weights.get(at), classes = {
+			top: weight, masked: at !== null && hides(state.one, pair.query, pair.key), asking: place[state.list] === subject(), pointed: at === state.cell[side], written: isWritten(mark.side, mark.at)}
 		const look = ["token", ...entries(classes).filter(([, on]) => on).map(([name]) => name)].join(" ")
 		const glow = weight ? `rgb(var(--glow) / ${(0.62 * (weight / top) ** 0.6).toFixed(2)})` : ""
 		if (looks.get(mark) === look + glow) continue
