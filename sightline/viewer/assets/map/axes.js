@@ -105,7 +105,7 @@ function drawTrack(pen, pane, {keys, at, start, end, edge, from, to, box}, name,
 		}
 	}
 	bars.forEach((list, row) => pen.bars(list, css("muted"), row ? 0.38 : 0.7))
-	const notes = [[name, "ink", -6], [`${bent ? "log, " : ""}max ${short(highest)}`, "muted", 6]]
+	const notes = [[name, "ink", -10], [`${bent ? "log, " : ""}max ${short(highest)}`, "muted", 2]]
 	for (const [text, fill, off] of keys && !pane.first ? [] : notes) {
 		const style = {fill: css(fill), size: 10, align: keys ? "right" : "left", turn: !keys}
 		if (keys) pen.text(start - 2 * TRACK - 3 * GAP, base - TRACK / 2 + off, text, style)
@@ -133,7 +133,7 @@ function drawOverlay() {
 			else context.rect(x - radius, y - radius, 2 * radius, 2 * radius)
 			context.stroke()
 		}
-		clip(context, pane.first ? 0 : left - 2 * TRACK - 2 * GAP, 0, 1e4, bottom + 1, () => {
+		clip(context, pane.first ? 0 : left - 2 * TRACK - 2 * GAP, 0, 1e4, bottom + 9, () => {
 			for (const side of ["query", "key"]) for (const n of new Set([pin?.[side] ?? cell[side], cell[side]])) cross(axisOf(pane, side), n)
 			for (const [other] of pin ? listed() : []) {
 				ring(meet(other), css("surface"), 3)
@@ -148,7 +148,7 @@ function quantity() {
 	return difference() ? `${what}: ${state.one.short} minus ${state.two.short}${from(state.two)}` : what
 }
 function barTicks() {
-	const ten = n => n >= -3 ? String(10 ** n) : `1e${n}`, every = ceil(-least / (difference() ? 3 : 6))
+	const ten = n => n >= -3 ? String(10 ** n) : `1e${n}`, every = ceil(-least / (difference() ? 2 : 6))
 	const powers = Array.from({length: -least}, (_, n) => -n).filter(n => n % every === 0 && n - least > -least / 5 || !n).reverse()
 	const up = state.log ? [[0, `\u2264\u200a${ten(least)}`], ...powers.map(n => [1 - n / least, ten(n)])]
 		: [0, 0.5, 1].map(t => [t, t ? (t * most).toPrecision(2) : "0"])

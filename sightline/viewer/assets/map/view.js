@@ -10,8 +10,8 @@ function layout() {
 	for (const canvas of [ui.map, ui.overlay]) {
 		assign(canvas, {width: round(clientWidth * ratio), height: round(clientHeight * ratio)})
 	}
-	const between = 2 * TRACK + 4 * GAP, height = max(40, clientHeight - TOP - 2)
-	const width = max(40, side ? (clientWidth - LEFT - between) / 2 - 2 : clientWidth - LEFT - 2)
+	const between = 2 * TRACK + 4 * GAP, height = max(40, clientHeight - TOP - 9)
+	const width = max(40, side ? (clientWidth - LEFT - between) / 2 - 2 : clientWidth - LEFT - 9)
 	panes = (side ? [[state.one], [state.two]] : [heads()]).map((specs, n) =>
 		({specs, left: LEFT + n * (width + between), top: TOP, width, height, first: !n}))
 	fit = min(width / here.keys, height / here.queries)
