@@ -93,10 +93,13 @@ def tokenize(
     return written
 
 
-def batch(tokens: TokenFile, *, step: int, seed: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
+def batch(
+    tokens: TokenFile, *, step: int, seed: int, batch: int, context: int, part: tuple[int, int] = (0, 1)
+) -> tuple[Tensor, Tensor]:
     """Random windows of a token file: inputs and, one token later, targets, int64 (batch context).
 
-    A pure function of its arguments, so that training goes on from a step number alone.
+    A pure function of its arguments, so that training goes on from a step number alone. `part` (i, n) is the i-th of
+    n parts of the batch, as even as can be: together they are the batch, whatever n is.
 
     Raises ValueError for a text of fewer than context + 1 tokens and for numbers out of range.
 
@@ -108,7 +111,11 @@ def batch(tokens: TokenFile, *, step: int, seed: int, batch: int, context: int) 
     _check(tokens, batch=batch, context=context)
     if step < 0 or seed < 0:
         raise ValueError(f"step and seed must be 0 or more, got step={step}, seed={seed}")
+    index, parts = part
+    if not 0 <= index < parts <= batch:
+        raise ValueError(f"expected part {index} of {parts} parts of a batch of {batch}: each has a window at least")
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - context, size=batch)
+    starts = starts[batch * index // parts : batch * (index + 1) // parts]
     return _pair(tokens.ids[starts[:, None] + np.arange(context + 1)])
 
 

@@ -102,10 +102,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_model(folder: Path, model: Decoder) -> None:
-    """Writes the files of a checkpoint into an existing folder."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors")
+def write_model(folder: Path, model: Decoder, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the files of a checkpoint into an existing folder; `weights` stand for the model's own."""
+    tensors = own_tensors(model) if weights is None else weights
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     tokenizer = model.tokenizer
     kind = None if tokenizer is None else tokenizer.kind
     head = {
@@ -279,10 +279,17 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
 
 
 def load_weights(model: Decoder, folder: Path) -> None:
-    """Fills a model's parameters from `model.safetensors`, after checking every name and shape."""
+    """Fills a model's parameters from `model.safetensors`."""
+    weights = read_weights(model, folder)
+    for name, tensor in own_tensors(model).items():
+        tensor.data = weights[name].to(tensor.device)
+
+
+def read_weights(model: Decoder, folder: Path) -> dict[str, Tensor]:
+    """Reads `model.safetensors`, and checks every name and shape against a model."""
     file = folder / "model.safetensors"
     stored = read_tensors(file)
-    own = _tensors(model)
+    own = own_tensors(model)
     for name in [*own, *stored]:
         if name not in stored:
             raise ValueError(f"expected {file} to hold the tensor {name}, but it is missing: {_FOREIGN}")
@@ -295,8 +302,7 @@ def load_weights(model: Decoder, folder: Path) -> None:
             )
         if not stored[name].is_floating_point():
             raise ValueError(f"expected {name} in {file} to hold floats, but it holds {stored[name].dtype}: {_FOREIGN}")
-    for name, tensor in own.items():
-        tensor.data = stored[name].to(tensor.device)
+    return stored
 
 
 _FOREIGN = "the file belongs to another model than config.json; copy both from the same checkpoint"
@@ -376,7 +382,7 @@ def _expect_file(file: Path) -> None:
         raise ValueError(f"expected the file {file}, but it is missing: the checkpoint is not complete")
 
 
-def _tensors(model: Decoder) -> dict[str, Tensor]:
+def own_tensors(model: Decoder) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; those that share one tensor once, under the first name."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,7 +1,6 @@
 """The command line: one function a command that parses, calls and prints. Knows how nothing is computed.
 
-A command's options are the fields of the dataclass that its work takes, so a default is written once. What only
-one command needs is imported there.
+Options are the fields of the dataclass that the work takes; what only one command needs is imported there.
 """
 
 import os
@@ -9,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Positiona
 
 from sightline.captures import Capture
 from sightline.checking.command import check
-from sightline.checkpoints import load
+from sightline.checkpoints import load, steps
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.events import Event
 from sightline.generation import SampleConfig
@@ -92,27 +91,36 @@ def train(
     from sightline import plan as planning
     from sightline import training
     from sightline.curves import LossPicture
+    from sightline.distributed import is_restart, joined
     from sightline.progress import TrainProgress
     from sightline.tensorboard import TensorBoard
 
-    board = nullcontext() if log is None else TensorBoard(out)
-    if download:
-        _download(source)
-    choices: dict[str, Any] = {
-        "preset": preset,
-        "model": {name: value for name, value in vars(model).items() if value is not None},
-        "tokenizer": tokenizer,
-        "vocabulary": vocabulary,
-        "config": TrainConfig(**vars(schedule)),
-        "errors": errors,
-        "resume": resume,
-    }
-    if plan:
-        print(planning.plan(source, out, **choices))
+    picture = LossPicture(out)
+    with joined(os.environ, schedule.device) as team, ExitStack() as stack:
+        choices: dict[str, Any] = {
+            "preset": preset,
+            "model": {name: value for name, value in vars(model).items() if value is not None},
+            "tokenizer": tokenizer,
+            "vocabulary": vocabulary,
+            "config": TrainConfig(**vars(schedule)),
+            "errors": errors,
+            "resume": resume or (is_restart(os.environ) and bool(steps(out))),
+        }
+        listeners = []
+        with team.together():
+            if plan and team.size > 1:
+                raise ValueError("--plan is made by one process: run it without torchrun")
+            if download and team.leads:
+                _download(source)
+            if team.leads and not plan:
+                shown = (picture, *([TensorBoard(out)] if log else []), TrainProgress())
+                listeners = [stack.enter_context(one) for one in shown]
+        if plan:
+            print(planning.plan(source, out, **choices))
+            return
+        result = training.train(source, out, **choices, cache=cache, listener=_each(*listeners))
+    if not team.leads:
         return
-    with LossPicture(out) as picture, board as board, TrainProgress() as progress:
-        listener = _each(picture, *([board] if board else []), progress)
-        result = training.train(source, out, **choices, cache=cache, listener=listener)
     print(f"best at step {result.best_step:,}: {result.best}")
     print(f"loss curve: {picture.drawn}")
     print(f'next: sightline generate --model {out} "Some words to start with"')

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sightline.batches import TokenFile, windows
+from sightline.distributed import ALONE, Team
 from sightline.models import Decoder, evaluating
 
 # Token ids counted at a time: bounds the memory of sorting, not of what is kept.
@@ -60,12 +61,13 @@ def evaluate(
     context: int | None = None,
     batch: int = 16,
     batches: int | None = None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Scores held-out tokens in disjoint windows: each token is predicted once.
 
     A window starts without a past, so a longer `context` (None: the model's) gives a lower loss.
-    `batches` stops after that many batches of windows (None: the whole file). Dropout is off while it
-    runs; the model's mode is put back afterwards.
+    `batches` stops after that many batches of windows (None: the whole file); a `team` shares them out. Dropout is
+    off while it runs; the model's mode is put back afterwards.
 
     Raises:
         ValueError: there is nothing to predict, or the context is longer than the model's.
@@ -88,11 +90,13 @@ def evaluate(
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for inputs, targets in islice(windows(tokens, context=context, batch=batch), batches):
+        for (inputs, targets), counts in team.turns(islice(windows(tokens, context=context, batch=batch), batches)):
             _expect_ids(targets, model.config.vocabulary)
-            total += model.loss(inputs.to(device), targets.to(device)).item() * targets.numel()
-            count += targets.numel()
-    return _evaluation(total, count, tokens)
+            loss = model.loss(inputs.to(device), targets.to(device)).item()
+            total += loss * targets.numel() * counts
+            count += targets.numel() * counts
+    total, count = team.total((total, count))
+    return _evaluation(total, int(count), tokens)
 
 
 def unigram(train: TokenFile, held_out: TokenFile, vocabulary: int) -> Evaluation:

@@ -24,6 +24,9 @@ class Started:
     context: int
     learning_rate: float
     device: str
+    processes: int = 1
+    sharded: bool = False
+    """Whether each process holds a part of the model (FSDP2) rather than all of it (DDP)."""
     precision: str
     seconds: float
 

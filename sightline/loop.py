@@ -3,22 +3,22 @@
 Knows no text and no terminal; what happens is written to the run's log and told to a listener.
 """
 
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from sightline.advice import Advice
-from sightline.checkpoints import load_weights, read_config
+from sightline.checkpoints import read_config, read_weights
 from sightline.evaluation import Evaluation
 from sightline.events import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
+from sightline.interrupts import Interrupts
 from sightline.memory import peak_bytes
-from sightline.runs import RunFolder
+from sightline.runs import Follower, RunFolder
 from sightline.schedule import TrainConfig
 from sightline.tokenizers import Tokenizer
 from sightline.trainer import Diverged, Step, Trainer
@@ -27,11 +27,14 @@ Listener = Callable[[Event], None]
 Stopped = Literal["steps", "minutes", "patience"]
 
 # Settings that a resumed run may change; any other would make it another run.
-_MAY_CHANGE = {"steps", "minutes", "evaluate_every", "evaluate_batches", "patience", "device"}
+_MAY_CHANGE = {
+    *("steps", "minutes", "evaluate_every", "evaluate_batches", "patience"),
+    *("device", "accumulate", "parallel", "compile"),
+}
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came: what was trained is saved, and the message says how to go on."""
+    """Ctrl-C (or SIGTERM) came: what was trained is saved, and the message says how to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,16 @@ class Run:
     """The course of one run: when to step, to evaluate, to save and to stop."""
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder, config: TrainConfig, listener: Listener | None, began: float
+        self,
+        trainer: Trainer,
+        folder: RunFolder | Follower,
+        config: TrainConfig,
+        listener: Listener | None,
+        began: float,
     ) -> None:
         self.trainer, self.folder, self.config, self.listener = trainer, folder, config, listener
+        self.team = trainer.team
+        self.interrupts = Interrupts(held=self.team.size > 1)
         self.began = began  # less what earlier sessions took
         self.fingerprint = trainer.fingerprint()
         self.start: Evaluation | None = None
@@ -68,23 +78,20 @@ class Run:
 
     def complete(self, resumed: bool) -> TrainResult:
         """Trains until something ends the run."""
-        if resumed and (ended := self._stopped()) is not None:
+        if resumed and (ended := self._decided()[0]) is not None:
             raise ValueError(self._nothing_to_do(ended))
         self.folder.truncate_log(self.trainer.step if resumed else -1)
         self._tell_start(resumed)
         for note in self.folder.notes:
             self._warn(note)
         self._warn(self._advice_of_size())
-        try:
-            stopped = self._train()
-        except KeyboardInterrupt:
-            raise Interrupted(self._save_interrupted()) from None
-        except Diverged as error:
-            kept = f"{self.folder.step} is the last good checkpoint" if self.folder.latest else "nothing was saved yet"
-            line = f"{error}: {kept}; start again with a lower --learning-rate (now {self.config.learning_rate})"
-            # A listener would tell a person the same line twice.
-            self.folder.log(Warned(step=self.trainer.step, message=line, seconds=self._seconds()))
-            raise Diverged(line) from error
+        with self.interrupts:
+            try:
+                stopped = self._train()
+            except KeyboardInterrupt:
+                raise Interrupted(self._save_interrupted()) from None
+            except Diverged as error:
+                raise Diverged(self._log_divergence(error)) from error
         speed = self.trainer.tokens_per_second
         step, seconds = self.trainer.step, self._seconds()
         peak = peak_bytes(self.trainer.device)
@@ -105,22 +112,44 @@ class Run:
     def _train(self) -> Stopped:
         if self.start is None:
             self.start = self._evaluate()
-        stopped = self._stopped()
+        stopped, rate = self._decided()
         if stopped is not None:
             raise ValueError(self._nothing_to_do(stopped))
         while stopped is None:
             began = time.perf_counter()
             self.final = None
-            with _uninterrupted():
-                for step in self.trainer.take_step(self.config.rate(self._done())):
+            with self.interrupts.postponed():
+                for step in self.trainer.take_step(rate):
                     self._tell_step(step)
             self.slowest_step = max(self.slowest_step, time.perf_counter() - began)
-            if self.trainer.step % self.config.evaluate_every == 0 and not self._last_look_is_near():
+            if self.trainer.step % self.config.evaluate_every == 0 and self._shall_look():
                 self._look()
-            stopped = self._stopped()
+            stopped, rate = self._decided()
         if self.final is None:
             self._look()
         return stopped
+
+    def _log_divergence(self, error: Diverged) -> str:
+        kept = f"{self.folder.step} is the last good checkpoint" if self.folder.latest else "nothing was saved yet"
+        line = f"{error}: {kept}; start again with a lower --learning-rate (now {self.config.learning_rate})"
+        # A listener would tell a person the same line twice.
+        self.folder.log(Warned(step=self.trainer.step, message=line, seconds=self._seconds()))
+        return line
+
+    # --- Decisions, the same in all processes ---------------------------------------------------------
+
+    def _decided(self) -> tuple[Stopped | None, float]:
+        """Whether to stop, and the next learning rate, by the first process's clock; a Ctrl-C of any is all's."""
+        reasons = (None, *get_args(Stopped))
+        mine = (reasons.index(self._stopped()), self.config.rate(self._done()))
+        (reason, rate), interrupted = self.team.agree(mine, happened=self.interrupts.came)
+        if interrupted:
+            raise KeyboardInterrupt
+        return reasons[int(reason)], rate
+
+    def _shall_look(self) -> bool:
+        (near,), _ = self.team.agree((self._last_look_is_near(),), happened=False)
+        return not near
 
     # --- Time -----------------------------------------------------------------------------------------
 
@@ -207,7 +236,9 @@ class Run:
             "data": self.fingerprint,
             "config": asdict(self.config),
         }
-        path = self.folder.save(self.trainer.model, self.trainer.state(), state, step=step, best_step=self.best_step)
+        model, weights, tensors = self.trainer.model, self.trainer.weights(), self.trainer.state()
+        with self.team.together():
+            path = self.folder.save(model, tensors, state, step=step, best_step=self.best_step, weights=weights)
         self._tell(Saved(step=step, folder=str(path), seconds=self._seconds()))
         return path
 
@@ -221,28 +252,37 @@ class Run:
 
     def restore(self) -> None:
         """Goes back to the folder's latest step, after checking that it is of the same run."""
-        path, tensors, state = self.folder.read()
+        with self.team.together():
+            weights, tensors, state = ({}, {}, {}) if isinstance(self.folder, Follower) else self._read(self.folder)
+        state = self.team.tell(state)
+        self.trainer.restore(weights, tensors, state["step"])
+        evaluations = (value and Evaluation(**value) for value in (state[name] for name in _EVALUATIONS))
+        self.start, self.best, self.final = evaluations
+        self.best_step, self.without_gain = state["best_step"], state["without_gain"]
+        self.advice = Advice.of_state(state["advice"])
+        self.began -= state["seconds"]
+        self.slowest_look = state["look_seconds"]
+
+    def _read(self, folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """The weights, the trainer's state and this object's of the folder's latest step, checked."""
+        path, tensors, state = folder.read()
         model, tokenizer = read_config(path)
         _check_same("model", model.to_dict(), self.trainer.model.config.to_dict(), path)
         _check_tokenizer(tokenizer, self.trainer.model.tokenizer, path)
-        _check_same("text", _entry(state, "data", path, dict), self.fingerprint, path)
+        for name, kind in _STATE.items():
+            _check_entry(state, name, path, kind)
+        _check_same("text", state["data"], self.fingerprint, path)
         config = {**asdict(self.config), "betas": list(self.config.betas)}
-        _check_same("config", _entry(state, "config", path, dict), config, path, may_change=_MAY_CHANGE)
-        load_weights(self.trainer.model, path)
-        self.trainer.restore(tensors, _entry(state, "step", path, int))
-        self.start = _evaluation(state, "start", path)
-        self.best = _evaluation(state, "best", path)
-        self.final = _evaluation(state, "final", path)
-        self.best_step = _entry(state, "best_step", path, int | None)
-        if self.best_step is not None and not self.folder.has(self.best_step):
-            self.best = self.best_step = None
-        self.without_gain = _entry(state, "without_gain", path, int)
+        _check_same("config", state["config"], config, path, may_change=_MAY_CHANGE)
+        for name in _EVALUATIONS:
+            _check_evaluation(state, name, path)
         try:
-            self.advice = Advice.of_state(_entry(state, "advice", path, dict))
+            Advice.of_state(state["advice"])
         except ValueError as error:
             raise ValueError(f"in {path / 'training.json'}: {error}") from None
-        self.began -= _entry(state, "seconds", path, int | float)
-        self.slowest_look = _entry(state, "look_seconds", path, int | float)
+        if state["best_step"] is not None and not folder.has(state["best_step"]):
+            state["best"] = state["best_step"] = None
+        return read_weights(self.trainer.model, path), tensors, state
 
     # --- What happens, told ---------------------------------------------------------------------------
 
@@ -283,6 +323,8 @@ class Run:
                 context=trainer.context,
                 learning_rate=self.config.learning_rate,
                 device=trainer.device.type,
+                processes=self.team.size,
+                sharded=trainer.sharded,
                 precision=str(trainer.precision).removeprefix("torch."),
                 seconds=self._seconds(),
             )
@@ -304,24 +346,34 @@ class Run:
         self._warn(self.advice.of_step(loss=step.loss, learning_rate=self.config.learning_rate))
 
 
-def _entry(state: Mapping[str, Any], key: str, path: Path, kind: Any) -> Any:
+_EVALUATIONS = ("start", "best", "final")
+_STATE: dict[str, Any] = {
+    **dict.fromkeys(_EVALUATIONS, dict | None),
+    "step": int,
+    "best_step": int | None,
+    "without_gain": int,
+    "seconds": int | float,
+    "look_seconds": int | float,
+    **dict.fromkeys(("advice", "data", "config"), dict),
+}
+
+
+def _check_entry(state: Mapping[str, Any], key: str, path: Path, kind: Any) -> None:
     if key not in state:
         raise ValueError(f"expected the key {key!r} in {path / 'training.json'}, but it is missing")
     if not isinstance(state[key], kind):
         raise ValueError(
             f"expected {key!r} in {path / 'training.json'} to be {getattr(kind, '__name__', kind)}, got {state[key]!r}"
         )
-    return state[key]
 
 
-def _evaluation(state: Mapping[str, Any], key: str, path: Path) -> Evaluation | None:
-    values = _entry(state, key, path, dict | None)
+def _check_evaluation(state: Mapping[str, Any], key: str, path: Path) -> None:
+    values = state[key]
     names = {field.name for field in fields(Evaluation)}
     if values is not None and values.keys() != names:
         raise ValueError(
             f"expected {key!r} in {path / 'training.json'} to hold {', '.join(sorted(names))}, got {values!r}"
         )
-    return None if values is None else Evaluation(**values)
 
 
 def _check_same(
@@ -346,19 +398,3 @@ def _check_tokenizer(stored: Tokenizer | None, given: Tokenizer | None, path: Pa
             f"expected the tokenizer of the run to resume, {stored} in {path}, got {given} with other tokens: "
             "give the same, or start a new run in another --out"
         )
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds a Ctrl-C back until the block is done, so that a step is taken whole or not at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if pressed:
-        raise KeyboardInterrupt

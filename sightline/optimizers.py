@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sightline.distributed import part, whole
 from sightline.models import Decoder
 from sightline.schedule import TrainConfig, has_bfloat16
 
@@ -50,7 +51,8 @@ class Muon(torch.optim.Optimizer):
         W <- W - lr (weight_decay W + sqrt(max(1, rows / columns)) orthogonalized(momentum m + (1 - momentum) g))
 
     `torch.optim.Muon` is the same rule, one matrix at a time and in bfloat16 on every machine, which a CPU without
-    bfloat16 products emulates: 17 times slower than matrices of one shape together in float32.
+    bfloat16 products emulates: 17 times slower than matrices of one shape together in float32. Of a matrix that is
+    shared out (FSDP2) every process gathers the momentum and does the same rounds on it.
 
     Source: Jordan et al. 2024.
 
@@ -99,14 +101,14 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(matrix)
             state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
             ahead.append(matrix.grad.lerp(state["momentum_buffer"], momentum))
-        together = torch.stack(ahead)
+        together = torch.stack([whole(each) for each in ahead])
         if has_bfloat16(together.device):
             together = together.bfloat16()
         moves = orthogonalized(together).to(matrices[0].dtype)
         rows, columns = matrices[0].shape
         for matrix, move in zip(matrices, moves, strict=True):
             matrix.mul_(1 - lr * group["weight_decay"])
-            matrix.add_(move, alpha=-lr * math.sqrt(max(1, rows / columns)))
+            matrix.add_(part(move, matrix), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
 def _alike(matrices: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
@@ -173,19 +175,16 @@ class Optimizers:
             for key, value in kept.items()
         }
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Goes back to a state.
-
-        Raises:
-            ValueError: the state is another model's, or another optimiser's.
-        """
+    def blank_state(self) -> dict[str, Tensor]:
+        """The same as a first step finds it: zeros, to be filled with what was saved."""
+        blank = {}
         for optimizer in self.each:
             keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 for key in keys:
-                    like = parameter if key != "step" else torch.tensor(0.0)
-                    value = stored(tensors, f"{self.names[parameter]}.{key}", like)
-                    optimizer.state[parameter][key] = value.to(parameter.device)
+                    zeros = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                    optimizer.state[parameter][key] = blank[f"{self.names[parameter]}.{key}"] = zeros
+        return blank
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -142,9 +142,12 @@ def _started(event: Started) -> str:
         ([f"{event.steps:,} steps"] if event.steps else []) + ([f"{event.minutes:g} minutes"] if event.minutes else [])
     )
     start = f"after step {event.step:,}, going on with" if event.resumed else "training"
+    on = event.device
+    if event.processes > 1:
+        on = f"{event.processes} processes on {on}, {'each a part' if event.sharded else 'each a copy'} of the model"
     return (
         f"{start} {event.parameters:,} parameters on {event.train_tokens:,} tokens for {goal} "
-        f"({event.batch} x {event.context} tokens a step, {event.device}, {event.precision})"
+        f"({event.batch} x {event.context} tokens a step, {on}, {event.precision})"
     )
 
 

@@ -157,10 +157,12 @@ class RunFolder:
         *,
         step: int,
         best_step: int | None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Writes a step's folder, points checkpoint.json at it, and removes the steps no longer needed.
 
-        Without a best step (nothing was evaluated yet) the latest counts as the best.
+        Without a best step (nothing was evaluated yet) the latest counts as the best. `weights` stand for the
+        model's own.
         """
         name = f"step-{step}"
         folder = self.out / name
@@ -168,7 +170,7 @@ class RunFolder:
         if name != self.latest:
             _remove(folder)  # a damaged one that the run has come to again
             with whole(folder) as temporary:
-                write_model(temporary, model)
+                write_model(temporary, model, weights)
                 save_file(dict(tensors), temporary / "training.safetensors")
                 write_json(temporary / "training.json", state)
                 write_manifest(temporary)
@@ -222,6 +224,30 @@ def check_folder(out: Path, *, resume: bool) -> None:
                 f"expected a new or empty folder, but {out} holds {min(names - _OURS)!r} and no run: "
                 "choose another --out"
             )
+
+
+class Follower:
+    """A run's folder for the processes that do not write there, because the first one does."""
+
+    def __init__(self, out: str | Path, latest: str | None) -> None:
+        self.out, self.latest = Path(out), latest
+        self.notes: list[str] = []
+
+    @property
+    def step(self) -> Path:
+        """The folder of the latest step when the run started."""
+        assert self.latest is not None
+        return self.out / self.latest
+
+    def save(self, *_: Any, step: int, **__: Any) -> Path:
+        """Where the first process saves."""
+        return self.out / f"step-{step}"
+
+    def truncate_log(self, step: int) -> None:
+        """Is done by the first process."""
+
+    def log(self, event: Event) -> None:
+        """Is done by the first process."""
 
 
 def _remove(path: Path) -> None:

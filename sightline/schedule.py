@@ -3,6 +3,7 @@
 Knows nothing about models, text or files.
 """
 
+import importlib.util
 import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,8 @@ import torch
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 OptimizerName = Literal["muon", "adamw"]
+Parallel = Literal["auto", "replicate", "shard"]
+Compile = Literal["auto", "always", "never"]
 
 DEFAULT_STEPS = 2000
 
@@ -27,7 +30,9 @@ class TrainConfig:
     minutes: float | None = None
     """Time limit with every evaluation included, summed over resumed sessions. None: no limit."""
     batch: int = 16
-    """Windows of text in one step."""
+    """Windows of text in one step, of all processes and micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches that a process takes its part of a step in: less memory, the same step."""
     optimizer: OptimizerName = "muon"
     """muon: Muon for the matrices inside the blocks, AdamW for all else; adamw: AdamW for everything."""
     learning_rate: float = 5e-3
@@ -60,16 +65,24 @@ class TrainConfig:
     """Arithmetic of matrix products; weights are float32. auto: bfloat16 where the hardware has it."""
     device: Device = "auto"
     """auto: cuda where there is one, else cpu."""
+    parallel: Parallel = "auto"
+    """Of several processes, whether each holds the model (replicate, DDP) or a part of it (shard, FSDP2). auto:
+    shard where 16 bytes a parameter would fill more than half of a GPU's memory."""
+    compile: Compile = "auto"
+    """Whether torch.compile makes the blocks faster. auto: on a GPU that it can compile for."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("precision", get_args(Precision)),
-            ("device", get_args(Device)),
-            ("optimizer", get_args(OptimizerName)),
-        ):
+        kinds = {
+            "precision": Precision,
+            "device": Device,
+            "parallel": Parallel,
+            "compile": Compile,
+            "optimizer": OptimizerName,
+        }
+        for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch", "evaluate_every", "evaluate_batches", "patience"):
+        for name in ("steps", "batch", "accumulate", "evaluate_every", "evaluate_batches", "patience"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"expected a whole number of {name} of at least 1, got {value}")
@@ -146,6 +159,17 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
             f"this {device.type} has no bfloat16 arithmetic: it is emulated, and slower than float32", stacklevel=2
         )
     return torch.float32 if precision == "float32" else torch.bfloat16
+
+
+def choose_compile(choice: Compile, device: torch.device) -> bool:
+    """Whether the blocks of a model are compiled.
+
+    >>> choose_compile("auto", torch.device("cpu"))
+    False
+    """
+    if choice == "auto":
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return choice == "always"
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:

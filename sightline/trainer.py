@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sightline.batches import TokenFile, TokenizedCorpus, batch
+from sightline.checkpoints import own_tensors
+from sightline.distributed import ALONE, Replica, Team, shards, whole
 from sightline.evaluation import Evaluation, evaluate
 from sightline.models import Decoder
 from sightline.optimizers import Optimizers, stored
-from sightline.schedule import TrainConfig, autocast, choose_precision
+from sightline.schedule import TrainConfig, autocast, choose_compile, choose_precision
 
 # On an accelerator, looking at a loss waits for the device: look at this many steps at a time.
 _LOOK_EVERY = 16
@@ -38,20 +40,34 @@ class Step:
 
 
 class Trainer:
-    """A model and what moves it.
+    """A model and what moves it, on one device or, as one of a team, on several.
 
     Raises:
         ValueError: a split is missing or shorter than one window.
     """
 
-    def __init__(self, model: Decoder, data: TokenizedCorpus, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: Decoder,
+        data: TokenizedCorpus,
+        config: TrainConfig,
+        team: Team = ALONE,
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.config, self.team = model, config, team
+        self.device = next(model.parameters()).device if device is None else device
         self.context = model.config.context
         vocabulary = model.config.vocabulary
-        self.train_tokens = _checked(data.train, "training", self.context + 1, vocabulary)
-        self.valid_tokens = _checked(data.valid, "validation", 2, vocabulary)
-        self.device = next(model.parameters()).device
+        with team.together():
+            self.train_tokens = _checked(data.train, "training", self.context + 1, vocabulary)
+            self.valid_tokens = _checked(data.valid, "validation", 2, vocabulary)
+            self.parts = _checked_parts(config, team)
+            self.sharded = shards(config.parallel, model.num_parameters, self.device, team)
         self.precision = choose_precision(config.precision, self.device)
+        if choose_compile(config.compile, self.device):
+            for block in model.blocks:
+                block.compile()
+        self.replica = Replica(model, team, device=self.device, sharded=self.sharded, precision=self.precision)
         self.optimizers = Optimizers(model, config)
         self.step = 0
         self.trained_tokens, self.trained_seconds = 0, 0.0
@@ -72,8 +88,7 @@ class Trainer:
             Diverged: a loss or a gradient is not finite.
         """
         began = time.perf_counter()
-        loss, norm = self._gradients()
-        self._unseen.append((self.step + 1, rate, torch.stack([loss.detach(), norm])))
+        self._unseen.append((self.step + 1, rate, torch.stack(self._gradients())))
         seen = self.seen() if len(self._unseen) >= self._look_every else []
         self.optimizers.step(rate)
         self.step += 1
@@ -86,13 +101,26 @@ class Trainer:
         return 1 if self.device.type == "cpu" else _LOOK_EVERY
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        size = {"batch": self.config.batch, "context": self.context}
-        inputs, targets = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
-        with autocast(self.device, self.precision):
-            loss = self.model.loss(inputs.to(self.device), targets.to(self.device))
+        """The gradients of a batch: this process's part of its loss, and their norm."""
+        self._seed()
         self.optimizers.zero_grad()
-        loss.backward()
-        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
+        losses = []
+        for turn in range(self.config.accumulate):
+            inputs, targets = self._part(self.team.rank * self.config.accumulate + turn)
+            share = len(inputs) / self.config.batch
+            with autocast(self.device, self.precision):
+                last = turn + 1 == self.config.accumulate
+                losses.append(self.replica.backward(inputs, targets, share=share, last=last))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
+        return torch.stack(losses).sum(), whole(norm)
+
+    def _part(self, part: int) -> tuple[Tensor, Tensor]:
+        size = {"batch": self.config.batch, "context": self.context, "part": (part, self.parts)}
+        pair = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
+        if self.device.type != "cuda":
+            return pair[0].to(self.device), pair[1].to(self.device)
+        inputs, targets = (ids.pin_memory().to(self.device, non_blocking=True) for ids in pair)
+        return inputs, targets
 
     def seen(self) -> list[Step]:
         """Looks at the losses not looked at yet.
@@ -101,9 +129,10 @@ class Trainer:
             Diverged: one of them is not finite.
         """
         rows = torch.stack([row for *_, row in self._unseen]).tolist() if self._unseen else []
+        losses = self.team.total([loss for loss, _ in rows])
         steps = [
             Step(step=step, rate=rate, loss=loss, gradient_norm=norm)
-            for (step, rate, _), (loss, norm) in zip(self._unseen, rows, strict=True)
+            for (step, rate, _), loss, (_, norm) in zip(self._unseen, losses, rows, strict=True)
         ]
         self._unseen = []
         for step in steps:
@@ -125,6 +154,7 @@ class Trainer:
                 context=self.context,
                 batch=self.config.batch,
                 batches=self.config.evaluate_batches,
+                team=self.team,
             )
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"the validation loss became {evaluation.loss} at step {self.step}")
@@ -132,38 +162,52 @@ class Trainer:
 
     # --- State ----------------------------------------------------------------------------------------
 
-    def seed(self) -> None:
-        """Starts the random state that dropout draws from."""
-        torch.manual_seed(self.config.seed)
+    def _seed(self) -> None:
+        """Sets what dropout draws from in this step: a function of the seed, the step and the process."""
+        (drawn,) = np.random.SeedSequence([self.config.seed, self.step, self.team.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors, whole, on the first process; nothing on the others, which must ask too."""
+        return self._whole(own_tensors(self.model))
 
     def state(self) -> dict[str, Tensor]:
-        """The optimisers' tensors as `parameter.exp_avg` and the like, and the random state."""
-        tensors = self.optimizers.state()
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.device.type == "mps":
-            tensors["random.mps"] = torch.mps.get_rng_state()
-        return tensors
+        """The optimisers' tensors as `parameter.exp_avg` and the like; where, as of `weights`."""
+        return self._whole(self.optimizers.state())
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Goes back to a state; the model's own weights are the caller's business.
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gathered = ((name, self.replica.first_whole(tensor)) for name, tensor in tensors.items())
+        return {name: tensor for name, tensor in gathered if tensor is not None}
+
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], step: int) -> None:
+        """Goes back to weights and a state that the first process has read; the others bring nothing.
 
         Raises:
             ValueError: the state is another model's.
         """
-        self.optimizers.restore(tensors)
-        torch.set_rng_state(stored(tensors, "random.cpu", torch.get_rng_state()))
-        # A run that moves to another kind of device goes on with that device's seeded state.
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        if self.device.type == "mps" and "random.mps" in tensors:
-            torch.mps.set_rng_state(tensors["random.mps"])
+        blank = self.optimizers.blank_state()
+        with self.team.together():
+            if self.team.leads:
+                state = {name: stored(state, name, tensor) for name, tensor in blank.items()}
+        for name, tensor in own_tensors(self.model).items():
+            self.replica.fill(tensor, weights.get(name))
+        for name, tensor in blank.items():
+            self.replica.fill(tensor, state.get(name))
         self.step = step
 
     def fingerprint(self) -> dict[str, str]:
         """The sha256 of the ids of each split: what a resumed run must find again."""
         return {"train": _hash(self.train_tokens.ids), "valid": _hash(self.valid_tokens.ids)}
+
+
+def _checked_parts(config: TrainConfig, team: Team) -> int:
+    parts = team.size * config.accumulate
+    if parts > config.batch:
+        raise ValueError(
+            f"expected a batch of at least a window for each of {team.size} processes x {config.accumulate} "
+            f"micro-batches, got {config.batch}: give a larger --batch"
+        )
+    return parts
 
 
 def _checked(tokens: TokenFile | None, split: str, least: int, vocabulary: int) -> TokenFile:

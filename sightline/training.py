@@ -8,7 +8,8 @@ hears what happens.
 import itertools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,9 +18,10 @@ import torch
 from sightline.batches import TokenizedCorpus, tokenize
 from sightline.checkpoints import read_config
 from sightline.corpora import Corpus, Errors, open_corpus
+from sightline.distributed import Team
 from sightline.loop import Interrupted, Listener, Run, TrainResult
 from sightline.models import Decoder, DecoderConfig, check_causal
-from sightline.runs import RunFolder
+from sightline.runs import Event, Follower, RunFolder
 from sightline.schedule import TrainConfig, choose_device
 from sightline.tokenizers import UNKNOWN, Kind, Tokenizer
 from sightline.trainer import Diverged, Trainer
@@ -77,21 +79,31 @@ def train(
     changes = dict(model or {})
     decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
-    RunFolder(out, resume=resume).close()  # what is refused is refused before a long text is read
-    corpus = open_corpus(source, errors=errors)
-    if corpus.left_out:
+    team = Team.here()
+    with team.together():
+        if team.leads:
+            RunFolder(out, resume=resume).close()  # what is refused is refused before a long text is read
+        if team.size > 1 and source == "-":
+            raise ValueError("expected a file or a folder that every process can read, got standard input")
+        corpus = open_corpus(source, errors=errors)
+    if corpus.left_out and team.leads:
         warnings.warn(corpus.left_out, stacklevel=2)
-    with RunFolder(out, resume=resume) as folder:
-        if resume:
-            text = same_tokenizer(folder.step, tokenizer, vocabulary)
-        else:
-            text = new_tokenizer(corpus, tokenizer, vocabulary)
-        data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
+    with _folder(out, resume, team) as folder:
+        chosen = None
+        with team.together():
+            if team.leads and resume:
+                chosen = same_tokenizer(folder.step, tokenizer, vocabulary)
+            elif team.leads:
+                chosen = new_tokenizer(corpus, tokenizer, vocabulary)
+        told = team.tell(chosen and chosen.to_json())
+        text = Tokenizer.of_json(told) if chosen is None else chosen
+        with team.together():
+            data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             decoder = Decoder(decoder_config(preset, len(text), changes))
         decoder.tokenizer = text
-        return _fit(decoder, data, folder, config, listener)
+        return _fit(decoder, data, folder, config, listener, team)
 
 
 def fit(
@@ -128,22 +140,40 @@ def fit(
     >>> result.final.loss < result.start.loss
     True
     """
-    with RunFolder(out, resume=resume) as folder:
-        return _fit(model, data, folder, config, listener)
+    team = Team.here()
+    with _folder(out, resume, team) as folder:
+        return _fit(model, data, folder, config, listener, team)
+
+
+@contextmanager
+def _folder(out: str | Path, resume: bool, team: Team) -> Iterator[RunFolder | Follower]:
+    """The run's folder, in which the first process alone writes."""
+    with ExitStack() as opened:
+        folder = None
+        with team.together():
+            if team.leads:
+                folder = opened.enter_context(RunFolder(out, resume=resume))
+        latest = team.tell(folder and folder.latest)
+        yield Follower(out, latest) if folder is None else folder
 
 
 def _fit(
-    model: Decoder, data: TokenizedCorpus, folder: RunFolder, config: TrainConfig, listener: Listener | None
+    model: Decoder,
+    data: TokenizedCorpus,
+    folder: RunFolder | Follower,
+    config: TrainConfig,
+    listener: Listener | None,
+    team: Team,
 ) -> TrainResult:
     began = time.perf_counter()
     resume = folder.latest is not None
-    device = choose_device(config.device)
     was_training = model.training
+    with team.together():
+        device = choose_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        check_causal(model.to(device))
-        trainer = Trainer(model, data, config)
-        trainer.seed()
-        run = Run(trainer, folder, config, listener, began)
+        trainer = Trainer(model, data, config, team, device=device)
+        check_causal(model)
+        run = Run(trainer, folder, config, listener if team.leads else _unheard, began)
         if resume:
             run.restore()
         try:
@@ -151,6 +181,10 @@ def _fit(
             return run.complete(resume)
         finally:
             model.train(was_training)
+
+
+def _unheard(event: Event) -> None:
+    """The listener of the processes that say nothing."""
 
 
 def choose_tokenizer(corpus: Corpus) -> tuple[Kind, int | None]:

@@ -33,6 +33,7 @@ ROWS = [
     {"viewer.server", "events"},
     {"beams", "viewer.editions"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
+    {"distributed"},
     {"viewer.manifest"},
     {"pyramid"},
     {"inspection", "schedule", "conversion", "huggingface.watching"},
@@ -53,7 +54,7 @@ ROWS = [
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
     {"encoding"},
-    {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory"},
+    {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory", "interrupts"},
     {"downloads"},
 ]
 
