@@ -1,9 +1,9 @@
 """The map in Chromium: time to the first picture, and frames while a hand drags and zooms.
 
-    python benchmarks/map_browser.py [--tokens 131072] [--layers 4] [--capture FOLDER] [--keep FOLDER] [--save]
+    python benchmarks/map_browser.py [--tokens 131072] [--layers 1] [--capture FOLDER] [--keep FOLDER] [--save]
 
-The capture is that of looking.py, or one that was saved: FOLDER is what `save_capture` wrote. Server and browser
-share this machine. Needs playwright and Chromium.
+The capture is that of looking.py with one layer, as a picture is of one head or two; or one that was saved: FOLDER is
+what `save_capture` wrote. Server and browser share this machine. Needs playwright and Chromium.
 """
 
 import os
@@ -85,7 +85,7 @@ def watch(page: Page, movement: Any) -> list[float]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=1, help="four heads each (default: %(default)s)")
     parser.add_argument("--capture", help="a saved capture to look at instead")
     parser.add_argument("--keep", help="save the capture in this folder")
     options = parser.parse_args()
