@@ -608,6 +608,13 @@ def test_a_mistake_of_a_module_is_named(tmp_path, code, old, new, named):
     assert not report.passed
 
 
+def test_a_norm_inside_is_told(tmp_path):
+    code = ONE_HEAD.replace("super().__init__()", "super().__init__()\n        self.norm = nn.LayerNorm(d_in)")
+    report = checked(tmp_path, code.replace("def forward(self, x):", "def forward(self, x):\n        x = self.norm(x)"))
+    (said,) = [finding.said for finding in report.findings if finding.law == "the definition"]
+    assert said.endswith("the definition has no place for its norm.weight, norm.bias")
+
+
 def test_a_lost_bias_of_the_keys_changes_nothing(tmp_path):
     """It adds the same to every score of a query, which the softmax takes out again."""
     assert checked(tmp_path, ONE_HEAD.replace("self.key(x)", "x @ self.key.weight.T")).passed

@@ -50,6 +50,16 @@ def readings(weights: dict[str, Tensor], *, d_model: int | None, heads: int | No
                         yield Maps(weights=some, biases=others, heads=count, interleaved=interleaved)
 
 
+def strangers(weights: dict[str, Tensor]) -> list[str]:
+    """The parameters that are part of no map: the definition has no place for them.
+
+    >>> strangers({"query.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)})
+    ['norm.weight']
+    """
+    found = [part[0] for group in _by_role(weights) for parts in group.values() for part in parts]
+    return [name for name in weights if name not in found]
+
+
 _Parts = list[tuple[str, Tensor]]
 
 

@@ -12,7 +12,7 @@ from sightline.checking.attention_mistakes import CAUSAL, MASKS, NOT_CAUSAL, SCO
 from sightline.checking.definitions import Maps, Steps, causal, multi_head
 from sightline.checking.discovery import PATTERNS
 from sightline.checking.findings import Example, Finding, changes, hold, number, rows
-from sightline.checking.maps import readings
+from sightline.checking.maps import readings, strangers
 from sightline.checking.mistakes import TOLERANCE, Mistake, difference, explain
 from sightline.checking.module_mistakes import HEADS, LOST, ROLES
 from sightline.checking.subject import CheckError, Raised, Subject
@@ -52,6 +52,7 @@ class Module:
     x: Tensor
     layout: Layout = LAYOUTS[0]
     maps: Maps
+    strangers: list[str]
     steps: Steps
     mistakes: tuple[Mistake, ...] | None = None
 
@@ -133,6 +134,7 @@ def examine(
         hide=hide or subject.told["multihead"],
         x=torch.randn(BATCH, TOKENS, len(meant[0].weights["query"]), generator=random).double(),
         maps=meant[0],
+        strangers=strangers(weights),
         steps=Steps() if scale is None else Steps(divisor=lambda sizes: 1 / scale),
     )
     if hide and module.mask is None:
@@ -214,6 +216,8 @@ def _definition(module: Module, output: Tensor) -> list[Finding]:
     if module.holds:
         return [Finding(law=law, status="ok", said=f"{module.pattern}, largest difference {number(error)}")]
     said = f"largest difference {number(error)}"
+    if module.mistakes is None and module.strangers:
+        said += f"; the definition has no place for its {', '.join(module.strangers)}"
     found = [Finding(law=law, status="fail", said=said, mistakes=module.mistakes or ())]
     if any("divisor" in mistake.steps for mistake in module.mistakes or ()):
         found.append(Finding(law="scale", status="fail", said="not 1/sqrt(width of one head)"))
