@@ -4,6 +4,7 @@ This module holds the contract, the checks and the one place where "auto" is dec
 in `kernels/`. It knows nothing of layers and models.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -94,11 +95,11 @@ def attention(
     if name == "cpu":
         output = cpu.attention(query, key, value, _numbers(recipe), scale=number, **options)
     elif name == "tiled":
-        with torch.autocast(query.device.type, enabled=False):
+        with _exactly(query.device):
             output = tiled.attention(query, key, value, *_lazily(recipe, query, key), scale=number, **options)
     elif name == "reference":
         allowed, bias = recipe.dense(queries, keys, device=query.device, dtype=_exact(query))
-        with torch.autocast(query.device.type, enabled=False):
+        with _exactly(query.device):
             output, _, _ = reference.attention(query, key, value, allowed, bias, scale=number, **options)
     else:
         causal = _is_square_causal(recipe, queries, keys)
@@ -159,7 +160,7 @@ def observe(
         t is not None and t.requires_grad for t in (*tensors, call.mask.bias, call.mask.slopes, sinks)
     )
     own = name == "cpu"  # whose output carries its gradient already
-    with torch.set_grad_enabled(own and differentiates), torch.autocast(call.query.device.type, enabled=False):
+    with torch.set_grad_enabled(own and differentiates), _exactly(call.query.device):
         if own:
             facts = cpu.observe(*tensors, _numbers(call.mask), **options)
         elif name == "tiled":
@@ -282,7 +283,9 @@ def _prepare(
 ) -> _Call:
     """The call with a heads axis, one dtype and a checked mask."""
     device, dtype = query.device, query.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+    # Some kinds of device (meta) know no autocast, and may not be asked.
+    autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if autocasts and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if key.dtype != dtype or value.dtype != dtype:
@@ -308,6 +311,12 @@ def _prepare(
         recipe = recipe.with_heads() if single_head else recipe
         recipe.check(batch=batch, heads=heads, queries=queries, keys=keys, device=device)
     return _Call(query, key, value, recipe, width**-0.5 if scale is None else scale, single_head)
+
+
+def _exactly(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast, where there is such a thing."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:

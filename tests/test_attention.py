@@ -329,3 +329,12 @@ def test_nan_is_not_hidden(name):
     q, k, v = draw(groups=4)
     q[0, 0, 0, 0] = torch.nan
     assert attention(q, k, v, implementation=name)[0, 0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "tiled", "sdpa"])
+@pytest.mark.parametrize("mask", [None, Causal()])
+def test_shapes_alone_go_through(implementation, mask):
+    query, key = torch.empty(2, 4, 5, 8, device="meta"), torch.empty(2, 2, 9, 8, device="meta")
+    value = torch.empty(2, 2, 9, 6, device="meta")
+    output = attention(query, key, value, mask, implementation=implementation)
+    assert (output.shape, output.device.type) == ((2, 4, 5, 6), "meta")
