@@ -209,9 +209,9 @@ def _measured(
 
 
 def _activations(trainer: Trainer, config: TrainConfig) -> int:
-    """Bytes that the forward pass of a batch keeps: counted for one and for two windows, and taken on."""
+    """Bytes that a forward pass keeps: counted for one and for two windows, and taken on to those it has at once."""
     one, two = (_kept(trainer, windows) for windows in (1, 2))
-    return one + (config.batch - 1) * max(0, two - one)
+    return one + (math.ceil(config.batch / config.accumulate) - 1) * max(0, two - one)
 
 
 def _kept(trainer: Trainer, windows: int) -> int:
