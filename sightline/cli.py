@@ -22,8 +22,8 @@ from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.events import Event
 from sightline.generation import SampleConfig
 from sightline.models import Decoder
-from sightline.options import Sampling, Shape, Training
-from sightline.schedule import TrainConfig
+from sightline.options import Sampling, Shape, Training, given
+from sightline.recipes import RecipeName
 from sightline.tokenizers import Kind
 from sightline.training import Preset
 
@@ -76,10 +76,11 @@ def train(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     out: Annotated[Path, arg(help="The folder of the run.")],
     preset: Annotated[Preset, arg(help="modern: Qwen3's architecture; classic: the 2017 paper's.")] = "modern",
+    recipe: Annotated[RecipeName, arg(help="What fills in the settings not given. auto: by the text.")] = "auto",
     model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm] (made above)  # noqa: B008 (frozen)
     tokenizer: Annotated[Kind | None, arg(help="None: words for WikiText's format, else bpe.")] = None,
     vocabulary: Annotated[int | None, arg(help="Tokens at most. None: by the amount of text.")] = None,
-    schedule: OmitArgPrefixes[Training] = Training(),  # noqa: B008 (frozen)
+    schedule: OmitArgPrefixes[Training] = Training(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008 (as above)
     errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
     cache: Annotated[Path | None, arg(help="Folder for token files. None: inside the run's.")] = None,
     resume: Annotated[bool, arg(help="Go on where the run in --out stopped.")] = False,
@@ -96,13 +97,14 @@ def train(
     from sightline.tensorboard import TensorBoard
 
     picture = LossPicture(out)
-    with joined(os.environ, schedule.device) as team, ExitStack() as stack:
+    with joined(os.environ, schedule.device or TrainConfig.device) as team, ExitStack() as stack:
         choices: dict[str, Any] = {
             "preset": preset,
-            "model": {name: value for name, value in vars(model).items() if value is not None},
+            "recipe": recipe,
+            "model": given(model),
             "tokenizer": tokenizer,
             "vocabulary": vocabulary,
-            "config": TrainConfig(**vars(schedule)),
+            "config": given(schedule),
             "errors": errors,
             "resume": resume or (is_restart(os.environ) and bool(steps(out))),
         }
@@ -155,6 +157,8 @@ def evaluate(
     model: Annotated[Path, arg(help=MODEL)],
     split: Annotated[Literal["train", "valid", "test"], arg(help="Which part of the text.")] = "valid",
     context: Annotated[int | None, arg(help="Tokens in a window. None: the model's context.")] = None,
+    stride: Annotated[int | None, arg(help="Also score overlapping windows, so many tokens apart.")] = None,
+    dynamic: Annotated[float | None, arg(help="Also score a model that learns on the way, at this rate.")] = None,
     errors: Annotated[Errors, arg(help="What becomes of bytes that are not UTF-8.")] = "strict",
     cache: Annotated[Path | None, arg(help="Folder for token files. None: beside the model.")] = None,
 ) -> None:
@@ -168,8 +172,13 @@ def evaluate(
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no {split} split; choose --split {' or '.join(corpus.splits)}")
     data = tokenize(corpus, decoder.tokenizer, model / "tokens" if cache is None else cache)
-    scored = evaluate(decoder, getattr(data, split), context=context)
+    tokens = getattr(data, split)
+    scored = evaluate(decoder, tokens, context=context)
     print(f"{corpus.name}, {split}: {scored}")
+    if stride is not None:
+        print(f"windows {stride} tokens apart: {evaluate(decoder, tokens, context=context, stride=stride)}")
+    if dynamic is not None:
+        print(f"learning at {dynamic:g}: {evaluate(decoder, tokens, context=context, dynamic=dynamic)}")
     if scored.unknown:
         _note(f"{scored.unknown:.1%} of the tokens are <unk>, each of them scored as one easy token")
 

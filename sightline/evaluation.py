@@ -5,6 +5,8 @@ about training.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -61,6 +63,8 @@ def evaluate(
     context: int | None = None,
     batch: int = 16,
     batches: int | None = None,
+    stride: int | None = None,
+    dynamic: float | None = None,
     team: Team = ALONE,
 ) -> Evaluation:
     """Scores held-out tokens in disjoint windows: each token is predicted once.
@@ -69,8 +73,19 @@ def evaluate(
     `batches` stops after that many batches of windows (None: the whole file); a `team` shares them out. Dropout is
     off while it runs; the model's mode is put back afterwards.
 
+    Two other questions, whose answers compare with one another's and not with the plain number:
+
+    - `stride`: how well is a token predicted that has a past? Windows overlap: each begins `stride` tokens after
+      the one before, and only its last `stride` tokens count (of the first window all). context / stride times
+      the work.
+    - `dynamic`: how well by a model that goes on learning from what it has read? One window at a time is scored
+      and then learned from: W <- W - dynamic * gradient. The weights are put back afterwards.
+
+    Source: Krause et al. 2018, Dynamic evaluation of neural sequence models, with plain gradient steps.
+
     Raises:
-        ValueError: there is nothing to predict, or the context is longer than the model's.
+        ValueError: there is nothing to predict, the context is longer than the model's, the stride longer than
+            the context, or the loss of dynamic evaluation is no longer a number.
 
     >>> import numpy as np, torch
     >>> from sightline.models import Decoder, DecoderConfig
@@ -85,18 +100,75 @@ def evaluate(
     for name, value in (("batch", batch), ("batches", batches)):
         if value is not None and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}")
+    if stride is not None and dynamic is not None:
+        raise ValueError("expected a stride or a dynamic rate, got both: each is a number of its own")
+    if stride is not None and not 1 <= stride <= context:
+        raise ValueError(f"expected a stride from 1 to the context's {context}, got {stride}")
+    if dynamic is not None and not 0 < dynamic < math.inf:
+        raise ValueError(f"expected a dynamic rate above 0, got {dynamic}")
     _expect_something(tokens)
     context = min(context, len(tokens.ids) - 1)  # a shorter text is one window
+    scored: Iterator[tuple[Tensor, Tensor, int]]
+    if stride is not None:
+        scored = _sliding(tokens.ids, context=context, stride=min(stride, context), batch=batch)
+    else:
+        pairs = windows(tokens, context=context, batch=1 if dynamic else batch)
+        scored = ((inputs, targets, targets.shape[1]) for inputs, targets in pairs)
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for (inputs, targets), counts in team.turns(islice(windows(tokens, context=context, batch=batch), batches)):
+    with evaluating(model), _learning(model, dynamic) as learn:
+        for (inputs, targets, last), counts in team.turns(islice(scored, batches)):
             _expect_ids(targets, model.config.vocabulary)
-            loss = model.loss(inputs.to(device), targets.to(device)).item()
-            total += loss * targets.numel() * counts
-            count += targets.numel() * counts
+            loss = model.loss(inputs.to(device), targets.to(device), last=last)
+            number = targets.shape[0] * last * counts
+            total += loss.item() * number
+            count += number
+            learn(loss)
     total, count = team.total((total, count))
     return _evaluation(total, int(count), tokens)
+
+
+def _sliding(ids: NDArray, *, context: int, stride: int, batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Overlapping windows: inputs, targets, and how many of the last targets no window before has scored."""
+    ends = np.arange(context, len(ids), stride)  # of windows' inputs; their targets end one later
+    places = np.arange(-context, 1)
+    yield (*_pair(ids, ends[:1, None] + places), context)
+    for first in range(1, len(ends), batch):
+        yield (*_pair(ids, ends[first : first + batch, None] + places), stride)
+    left = len(ids) - 1 - int(ends[-1])
+    if left:
+        yield (*_pair(ids, len(ids) - 1 + places[None]), left)
+
+
+def _pair(ids: NDArray, places: NDArray) -> tuple[Tensor, Tensor]:
+    both = torch.from_numpy(np.asarray(ids[places]).astype(np.int64))
+    return both[:, :-1], both[:, 1:]
+
+
+@contextmanager
+def _learning(model: Decoder, rate: float | None) -> Iterator[Callable[[Tensor], None]]:
+    """How to learn from a loss: by a gradient step, undone at the end; without a rate not at all."""
+    if rate is None:
+        with torch.no_grad():
+            yield lambda loss: None
+        return
+    parameters = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def learn(loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss became {loss.item()}: give a dynamic rate below {rate}")
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.sub_(gradient, alpha=rate)
+
+    try:
+        with torch.enable_grad():
+            yield learn
+    finally:
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, before, strict=True):
+                parameter.copy_(kept)
 
 
 def unigram(train: TokenFile, held_out: TokenFile, vocabulary: int) -> Evaluation:

@@ -29,6 +29,8 @@ class Started:
     """Whether each process holds a part of the model (FSDP2) rather than all of it (DDP)."""
     precision: str
     seconds: float
+    recipe: str | None = None
+    """The recipe that filled in what was not said, and its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)

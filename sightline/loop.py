@@ -62,10 +62,12 @@ class Run:
         config: TrainConfig,
         listener: Listener | None,
         began: float,
+        recipe: str | None = None,
     ) -> None:
         self.trainer, self.folder, self.config, self.listener = trainer, folder, config, listener
         self.team = trainer.team
         self.interrupts = Interrupts(held=self.team.size > 1)
+        self.recipe = recipe
         self.began = began  # less what earlier sessions took
         self.fingerprint = trainer.fingerprint()
         self.start: Evaluation | None = None
@@ -327,6 +329,7 @@ class Run:
                 sharded=trainer.sharded,
                 precision=str(trainer.precision).removeprefix("torch."),
                 seconds=self._seconds(),
+                recipe=self.recipe,
             )
         )
 

@@ -214,17 +214,20 @@ class Decoder(nn.Module):
         """Logits (batch tokens vocabulary): at token i, the scores of token i + 1."""
         return scores(self.features(tokens, cache=cache), self._head_weight)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: int | None = None) -> Tensor:
         """Mean negative log-likelihood of `targets` (batch tokens), each the token after one of `tokens`, in nats.
 
-        The logits of a large vocabulary are never there all at once (`losses.next_token_loss`).
+        `last` scores only that many targets at the end of each row. The logits of a large vocabulary are never there
+        all at once (`losses.next_token_loss`).
 
         Raises: ShapeError or ValueError for tokens or targets that are not whole numbers (batch tokens) of the
         vocabulary.
         """
         if targets.shape != tokens.shape:
             raise ShapeError(f"Decoder: targets are {tuple(targets.shape)} but tokens {tuple(tokens.shape)}")
-        return next_token_loss(self.features(tokens).flatten(0, 1), self._head_weight, targets.flatten())
+        first = 0 if last is None else tokens.shape[1] - last
+        features = self.features(tokens)[:, first:]
+        return next_token_loss(features.flatten(0, 1), self._head_weight, targets[:, first:].flatten())
 
     @property
     def _head_weight(self) -> Tensor:

@@ -16,7 +16,7 @@ from sightline.models import DecoderConfig
 from sightline.schedule import TrainConfig
 
 
-def _changes(config: type, *, without: str) -> type:
+def _changes(config: type, *, without: str = "", otherwise: str) -> type:
     """A dataclass with the fields of `config`, each None unless given, and the same help."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -29,24 +29,18 @@ def _changes(config: type, *, without: str) -> type:
         and isinstance(doc.value, ast.Constant)
     }
     fields = [
-        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: the preset's.")], None)  # pyright: ignore
+        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: {otherwise}.")], None)  # pyright: ignore
         for field in dataclasses.fields(config)
         if field.name != without
     ]
     return dataclasses.make_dataclass("Shape", fields, frozen=True, kw_only=True)
 
 
-Shape: Any = _changes(DecoderConfig, without="vocabulary")
+Shape: Any = _changes(DecoderConfig, without="vocabulary", otherwise="the recipe's or the preset's")
+Training: Any = _changes(TrainConfig, otherwise="the recipe's")
 
 
 # The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
-@dataclass(frozen=True, kw_only=True)
-class Training(TrainConfig):
-    """How long to train, on what, and how fast the weights move."""
-
-    def __post_init__(self) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SampleConfig):
     """How the next token is drawn, and when to stop."""
@@ -59,3 +53,8 @@ class Checking(CheckConfig):
     """What is expected of the code, and how much time and memory it gets."""
 
     def __post_init__(self) -> None: ...
+
+
+def given(options: Any) -> dict[str, Any]:
+    """The options that were given, by name."""
+    return {name: value for name, value in vars(options).items() if value is not None}

@@ -23,6 +23,7 @@ from sightline.evaluation import evaluate
 from sightline.memory import held_bytes, machine_bytes, peak_bytes, shown
 from sightline.models import Decoder, DecoderConfig
 from sightline.pace import clock
+from sightline.recipes import RecipeName, check_changes, settle
 from sightline.runs import check_folder
 from sightline.schedule import TrainConfig, autocast, choose_device, choose_precision
 from sightline.tokenizers import Kind, Tokenizer
@@ -90,6 +91,8 @@ class Plan:
     seconds: Seconds | None
     """None: the run does not fit into the memory, so no step was tried."""
     advice: str | None
+    recipe: str | None
+    """The recipe that filled in what was not said, and its reason."""
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<11}{said}" for name, said in _said(self))
@@ -100,10 +103,11 @@ def plan(
     out: str | Path,
     *,
     preset: Preset = "modern",
+    recipe: RecipeName | None = None,
     model: Mapping[str, Any] | None = None,
     tokenizer: Kind | None = None,
     vocabulary: int | None = None,
-    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    config: TrainConfig | Mapping[str, Any] | None = None,
     errors: Errors = "strict",
     resume: bool = False,
 ) -> Plan:
@@ -120,7 +124,7 @@ def plan(
     >>> planned.steps, planned.memory.gradients == 4 * planned.parameters
     (30, True)
     """
-    device = choose_device(config.device)
+    device = choose_device(check_changes(recipe, config))
     changes = dict(model or {})
     decoder_config(preset, 1, changes)
     check_folder(Path(out), resume=resume)
@@ -132,8 +136,9 @@ def plan(
         text = same_tokenizer(newest, tokenizer, vocabulary)
     done = 0 if newest is None else int(read_json(newest / "training.json")["step"])
     used = 0.0 if newest is None else float(read_json(newest / "training.json")["seconds"])
-    shape = decoder_config(preset, len(text), changes)
     data, exact, sizes = _sample(corpus, text)
+    config, changes, said = settle(recipe, config, changes, preset, tokens=sizes["train"], vocabulary=len(text))
+    shape = decoder_config(preset, len(text), changes)
     memory, seconds, parameters = _measured(shape, data, config, device)
     limit = config.step_limit
     if seconds is not None:
@@ -158,6 +163,7 @@ def plan(
         machine=machine_bytes(device),
         seconds=seconds,
         advice=Advice().of_size(parameters=parameters, tokens=sizes["train"], drawn=drawn),
+        recipe=said,
     )
 
 
@@ -301,6 +307,8 @@ def _said(plan: Plan) -> Iterator[tuple[str, str]]:
     shape, config, about = plan.model, plan.config, "" if plan.exact else "about "
     yield "text", f"{plan.text}: {about}{plan.train_tokens:,} tokens to train on, {plan.valid_tokens:,} to validate"
     yield "tokenizer", f"{plan.tokenizer}, a vocabulary of {about}{plan.vocabulary:,}"
+    if plan.recipe is not None:
+        yield "recipe", plan.recipe.removeprefix("recipe ")
     yield (
         "model",
         (

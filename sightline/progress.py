@@ -66,6 +66,8 @@ class TrainProgress:
             self.bits_per_byte = event.bits_per_byte
             self._say(_evaluated(event))
         elif isinstance(event, Started):
+            if event.recipe is not None:
+                self._say(event.recipe)
             self._say(_started(event))
         elif isinstance(event, Warned):
             self._say(f"warning: {event.message}")

@@ -8,7 +8,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -71,6 +71,8 @@ class TrainConfig:
     compile: Compile = "auto"
     """Whether torch.compile makes the blocks faster. auto: on a GPU that it can compile for."""
 
+    NOT_WITH_ADAMW: ClassVar = ("embedding_rate", "matrix_rate", "momentum")
+
     def __post_init__(self) -> None:
         kinds = {
             "precision": Precision,
@@ -99,7 +101,7 @@ class TrainConfig:
                 "expected shares warmup and cooldown of at least 0 that sum to at most 1, "
                 f"got {self.warmup} and {self.cooldown}"
             )
-        for name in ("embedding_rate", "matrix_rate", "momentum") if self.optimizer == "adamw" else ():
+        for name in TrainConfig.NOT_WITH_ADAMW if self.optimizer == "adamw" else ():
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} has no effect with the optimizer adamw: drop it, or take muon")
         if not 0 <= self.momentum < 1:

@@ -21,6 +21,7 @@ from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.distributed import Team
 from sightline.loop import Interrupted, Listener, Run, TrainResult
 from sightline.models import Decoder, DecoderConfig, check_causal
+from sightline.recipes import RecipeName, check_changes, settle
 from sightline.runs import Event, Follower, RunFolder
 from sightline.schedule import TrainConfig, choose_device
 from sightline.tokenizers import UNKNOWN, Kind, Tokenizer
@@ -48,10 +49,11 @@ def train(
     out: str | Path,
     *,
     preset: Preset = "modern",
+    recipe: RecipeName | None = None,
     model: Mapping[str, Any] | None = None,
     tokenizer: Kind | None = None,
     vocabulary: int | None = None,
-    config: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
+    config: TrainConfig | Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     errors: Errors = "strict",
     resume: bool = False,
@@ -59,10 +61,11 @@ def train(
 ) -> TrainResult:
     """Trains a Transformer on text: vocabulary, token files, model, and `fit`.
 
-    `source` is what `open_corpus` takes. `model` holds the fields of `DecoderConfig` that differ from the
-    preset. Without `tokenizer` and `vocabulary`, `choose_tokenizer` decides. Token files are kept in
-    `cache` (None: the folder `tokens` inside `out`). `resume` goes on with the vocabulary of the run; all
-    else must be as it was, but for how long to train.
+    `source` is what `open_corpus` takes. `recipe` (None: "auto", see `choose_recipe`) fills in what is not said:
+    `model` holds the fields of `DecoderConfig` that differ from it and from the preset, `config` those of
+    `TrainConfig`. A whole `TrainConfig` is taken as it is, without a recipe. Without `tokenizer` and `vocabulary`,
+    `choose_tokenizer` decides. Token files are kept in `cache` (None: the folder `tokens` inside `out`). `resume`
+    goes on with the vocabulary of the run; all else must be as it was, but for how long to train.
 
     Raises: as `fit`, and ValueError for text that cannot be read.
 
@@ -78,7 +81,7 @@ def train(
     out = Path(out)
     changes = dict(model or {})
     decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
-    choose_device(config.device)
+    choose_device(check_changes(recipe, config))
     team = Team.here()
     with team.together():
         if team.leads:
@@ -99,11 +102,13 @@ def train(
         text = Tokenizer.of_json(told) if chosen is None else chosen
         with team.together():
             data = tokenize(corpus, text, out / "tokens" if cache is None else cache)
+        tokens = 0 if data.train is None else len(data.train.ids)
+        settled, changes, said = settle(recipe, config, changes, preset, tokens=tokens, vocabulary=len(text))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(settled.seed)
             decoder = Decoder(decoder_config(preset, len(text), changes))
         decoder.tokenizer = text
-        return _fit(decoder, data, folder, config, listener, team)
+        return _fit(decoder, data, folder, settled, listener, team, said)
 
 
 def fit(
@@ -164,6 +169,7 @@ def _fit(
     config: TrainConfig,
     listener: Listener | None,
     team: Team,
+    recipe: str | None = None,
 ) -> TrainResult:
     began = time.perf_counter()
     resume = folder.latest is not None
@@ -173,7 +179,7 @@ def _fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer = Trainer(model, data, config, team, device=device)
         check_causal(model)
-        run = Run(trainer, folder, config, listener if team.leads else _unheard, began)
+        run = Run(trainer, folder, config, listener if team.leads else _unheard, began, recipe)
         if resume:
             run.restore()
         try:

@@ -29,7 +29,7 @@ ROWS = [
     {"training", "pace"},
     {"loop"},
     {"trainer", "runs", "curves"},
-    {"optimizers", "logs"},
+    {"optimizers", "recipes", "logs"},
     {"viewer.server", "events"},
     {"beams", "viewer.editions"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},

@@ -91,7 +91,8 @@ def test_train_resume_evaluate_generate_look(text, tmp_path, capsys):
     assert re.fullmatch(
         r"best at step \d: loss .* bits per byte \(.*\)\nloss curve: .*\nnext: sightline generate --model .*\n", stdout
     )
-    assert [line.split(":")[0] for line in stderr.splitlines()[1:-1]] == ["step 0", "step 2", "step 4"]
+    assert stderr.startswith("recipe short: ")
+    assert [line.split(":")[0] for line in stderr.splitlines()[2:-1]] == ["step 0", "step 2", "step 4"]
     assert json.loads((out / "checkpoint.json").read_text(encoding="utf-8"))["latest"] == "step-4"
 
     assert run("train", text, "--out", out, *TINY, *CHARACTERS, "--steps", 6, "--resume") == 0
@@ -219,7 +220,7 @@ def options(stdout: str) -> dict[str, str]:
         row = re.fullmatch(r"[\u2502 ] (.*?) *\u2502?", line)
         if row is None:
             name = None
-        elif re.match(r"--?[a-z]|\[?[A-Z]{2,}\]? ", row[1]):
+        elif re.match(r"--?[a-z]|\[?[A-Z]{2,}\]?( |$)", row[1]):
             invocation, _, said = row[1].partition("  ")
             name = re.split("[ ,]", invocation)[0]
             found[name] = said.strip()

@@ -186,3 +186,80 @@ def test_the_mode_of_every_module_is_as_before():
     evaluate(model, token_file(np.arange(20) % 5))
     check_causal(model)
     assert [module.training for module in model.modules()] == before
+
+
+# --- Overlapping windows, and learning on the way ------------------------------------------------------
+
+
+def a_model_and_text(length=30, context=8):
+    torch.manual_seed(3)
+    model = Decoder(DecoderConfig(vocabulary=10, context=context, d_model=16, num_layers=1, num_heads=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = np.random.default_rng(0).integers(0, 10, length).astype(np.uint16)
+    return model.double(), TokenFile(ids=ids, num_bytes=length, num_words=1, num_unknown=0)
+
+
+@pytest.mark.parametrize("length", [4, 9, 10, 29, 30])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_overlapping_windows_are_their_definition(length, stride):
+    """Each token's past reaches back to where its window begins: the first that has not scored it yet."""
+    model, text = a_model_and_text(length)
+    context, ids, losses = min(8, length - 1), torch.from_numpy(text.ids.astype(np.int64)), []
+    scored = 0
+    while scored < length - 1:
+        end = context if not scored else min(scored + stride, length - 1)
+        window = ids[end - context : end]
+        with torch.no_grad():
+            log_p = model(window[None])[0].log_softmax(-1)
+        losses += [-log_p[i - (end - context), ids[i + 1]] for i in range(scored, end)]
+        scored = end
+    found = evaluate(model, text, stride=stride, batch=2)
+    assert (found.tokens, found.loss) == (length - 1, pytest.approx(torch.stack(losses).mean().item(), rel=1e-9))
+
+
+def test_a_past_helps_and_a_whole_stride_is_the_plain_number():
+    model, text = a_model_and_text(25)  # three windows
+    assert evaluate(model, text, stride=8).loss == pytest.approx(evaluate(model, text).loss, rel=1e-12)
+    assert evaluate(model, text, stride=1).loss != evaluate(model, text).loss
+
+
+def test_dynamic_evaluation_is_its_definition():
+    model, text = a_model_and_text()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = evaluate(model.train(), text, dynamic=0.1)
+    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    optimizer, total, ids = torch.optim.SGD(model.parameters(), lr=0.1), 0.0, torch.from_numpy(text.ids.astype(int))
+    for first in range(0, 29, 8):
+        inputs, targets = ids[first : first + 8][: 29 - first], ids[first + 1 : first + 9]
+        loss = torch.nn.functional.cross_entropy(model(inputs[None])[0], targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(targets)
+    assert found.tokens == 29 and found.loss == pytest.approx(total / 29, rel=1e-9)
+
+
+def test_a_text_that_repeats_is_learned_on_the_way():
+    model, _ = a_model_and_text()
+    text = TokenFile(ids=np.tile(np.arange(5), 40).astype(np.uint16), num_bytes=200, num_words=1, num_unknown=0)
+    assert evaluate(model, text, dynamic=0.1).loss < 0.8 * evaluate(model, text).loss
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"stride": 0}, "stride from 1 to the context's 8, got 0"),
+        ({"stride": 9}, "stride from 1 to the context's 8, got 9"),
+        ({"dynamic": 0.0}, "dynamic rate above 0, got 0.0"),
+        ({"dynamic": float("nan")}, "dynamic rate above 0, got nan"),
+        ({"stride": 2, "dynamic": 0.1}, "got both"),
+        ({"dynamic": 1e30}, r"the loss became \S+: give a dynamic rate below 1e\+30"),
+    ],
+)
+def test_bad_strides_and_rates(setting, says):
+    model, text = a_model_and_text()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=says):
+        evaluate(model, text, **setting)
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))

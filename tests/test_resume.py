@@ -20,7 +20,7 @@ TEXT = "".join(
     f"line {i}: the cat sat on the mat, and the dog ran after the {['cat', 'dog', 'mat'][i % 3]}.\n" for i in range(40)
 )
 SHAPE = ("--d-model", 16, "--num-layers", 1, "--num-heads", 2, "--context", 16, "--dropout", 0.1)
-TINY = (*SHAPE, "--steps", 12, "--batch", 4, "--evaluate-every", 4, "--tokenizer", "characters")
+TINY = (*SHAPE, "--recipe", "long", "--steps", 12, "--batch", 4, "--evaluate-every", 4, "--tokenizer", "characters")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,143 @@
+"""What to train and how, when nothing else is said: a few named recipes, each with its reason.
+
+Knows nothing about files of text, and trains nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from sightline.models import DecoderConfig
+from sightline.schedule import Device, TrainConfig
+
+RecipeName = Literal["auto", "quick", "short", "words", "long", "plain"]
+
+# Up to so many tokens a model of a few million weights reads its text many times over, and learns it by heart.
+SHORT_TEXT = 5_000_000
+# From so many tokens on, most weights and most of the time belong to the vocabulary.
+LARGE_VOCABULARY = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of a model and of its training that belong together. Whoever trains may change any of them."""
+
+    name: str
+    reason: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `DecoderConfig`; for the preset modern."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig`."""
+
+    def __str__(self) -> str:
+        return f"recipe {self.name}: {self.reason}"
+
+
+def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
+    """The recipe of that name for a text of so many training tokens; auto: the one that the text asks for.
+
+    | recipe | for | what it does |
+    |---|---|---|
+    | words | short texts, a vocabulary of 4,096 and more | little beside the tied vocabulary, much dropout |
+    | short | other texts of up to 5 million tokens | n-grams, dropout, four layers |
+    | long | longer texts | `modern` as it is: the text is too long to be learned by heart |
+    | quick | whoever asks: seconds | n-grams and one layer |
+    | plain | whoever asks | the defaults of `DecoderConfig` and of `TrainConfig` with AdamW for everything |
+
+    N-grams (`DecoderConfig.ngrams`) are no part of Qwen3: a model with them cannot be written for `transformers`.
+
+    Raises: ValueError for an unknown name.
+
+    >>> print(choose_recipe("auto", tokens=1_000_000, vocabulary=65))
+    recipe short: a text that can be learned by heart: dropout, and n-grams for what needs no attention
+    >>> choose_recipe("auto", tokens=10**9, vocabulary=16384).name
+    'long'
+    """
+    if name not in get_args(RecipeName):
+        raise ValueError(f"expected a recipe of {', '.join(get_args(RecipeName))}, got {name!r}")
+    if name == "auto" and tokens > SHORT_TEXT:
+        name = "long"
+    elif name == "auto":
+        name = "words" if vocabulary >= LARGE_VOCABULARY else "short"
+    # More rows than tokens would never all be read, and a table is saved with every checkpoint.
+    grams = {"ngrams": 4, "ngram_rows": max(64, min(DecoderConfig.ngram_rows, tokens))}
+    return {
+        "quick": Recipe(
+            name="quick",
+            reason="one layer beside n-grams, and rates for a run of seconds",
+            model={"d_model": 128, "num_layers": 1, "d_ff": 256, "context": 128, "tied": False, **grams},
+            training={"batch": 8, "learning_rate": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.0, "cooldown": 0.6},
+        ),
+        "short": Recipe(
+            name="short",
+            reason="a text that can be learned by heart: dropout, and n-grams for what needs no attention",
+            model={"d_model": 192, "num_layers": 4, "num_heads": 6, "dropout": 0.2, "tied": False, **grams},
+            training={"embedding_rate": 0.03, "cooldown": 0.6},
+        ),
+        "words": Recipe(
+            name="words",
+            reason="many words and little text: two layers, the head tied to the embedding, dropout",
+            model={"d_model": 128, "num_layers": 2, "context": 128, "dropout": 0.2},
+            training={"batch": 8, "cooldown": 0.6},
+        ),
+        "long": Recipe(name="long", reason="a text too long to be learned by heart: modern as it is, and Muon"),
+        "plain": Recipe(
+            name="plain", reason="AdamW for everything", training={"optimizer": "adamw", "learning_rate": 2e-3}
+        ),
+    }[name]
+
+
+def check_changes(recipe: RecipeName | None, config: TrainConfig | Mapping[str, Any] | None) -> Device:
+    """Refuses, before any text is read, what no recipe could make right; the device that was asked for.
+
+    Raises: ValueError for an unknown or a bad setting, or a recipe beside a whole config.
+
+    >>> check_changes(None, {"step": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: TrainConfig has no setting 'step'
+    """
+    if isinstance(config, TrainConfig):
+        if recipe is not None:
+            raise ValueError(f"expected settings beside the recipe {recipe!r} as a mapping, got a whole TrainConfig")
+        return config.device
+    names = {each.name for each in dataclasses.fields(TrainConfig)}
+    for name in config or {}:
+        if name not in names:
+            raise ValueError(f"TrainConfig has no setting {name!r}")
+    return TrainConfig(**(config or {})).device
+
+
+def settle(
+    recipe: RecipeName | None,
+    config: TrainConfig | Mapping[str, Any] | None,
+    model: Mapping[str, Any],
+    preset: str,
+    *,
+    tokens: int,
+    vocabulary: int,
+) -> tuple[TrainConfig, dict[str, Any], str | None]:
+    """How to train, which fields of the model differ from the preset, and what to say of the recipe.
+
+    A whole config takes no recipe; the preset classic keeps its shape.
+    """
+    if isinstance(config, TrainConfig):
+        return config, dict(model), None
+    chosen = choose_recipe(recipe or "auto", tokens=tokens, vocabulary=vocabulary)
+    changes = shape(chosen, model) if preset == "modern" else dict(model)
+    return cook(chosen, config or {}), changes, str(chosen)
+
+
+def cook(recipe: Recipe, config: Mapping[str, Any]) -> TrainConfig:
+    """The recipe's training with what is given in the place of what it says.
+
+    What has no effect on the given optimiser is left out, if only the recipe says it.
+
+    >>> cook(choose_recipe("quick", tokens=1000, vocabulary=65), {"batch": 4, "steps": 50}).batch
+    4
+    """
+    said = dict(recipe.training)
+    if config.get("optimizer") == "adamw":
+        said = {name: value for name, value in said.items() if name not in TrainConfig.NOT_WITH_ADAMW}
+    return TrainConfig(**{**said, **config})
