@@ -72,14 +72,14 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
         "short": Recipe(
             name="short",
             reason="a text that can be learned by heart: dropout, and n-grams for what needs no attention",
-            model={"d_model": 192, "num_layers": 4, "num_heads": 6, "dropout": 0.2, "tied": False, **grams},
+            model={"d_model": 192, "num_layers": 4, "dropout": 0.2, "tied": False, **grams},
             training={"embedding_rate": 0.03, "cooldown": 0.6},
         ),
         "words": Recipe(
             name="words",
             reason="many words and little text: two layers, the head tied to the embedding, dropout",
-            model={"d_model": 128, "num_layers": 2, "context": 128, "dropout": 0.2},
-            training={"batch": 8, "cooldown": 0.6},
+            model={"d_model": 128, "num_layers": 2, "context": 128, "dropout": 0.1},
+            training={"batch": 8, "learning_rate": 0.01, "cooldown": 0.6},
         ),
         "long": Recipe(name="long", reason="a text too long to be learned by heart: modern as it is, and Muon"),
         "plain": Recipe(
@@ -127,6 +127,18 @@ def settle(
     chosen = choose_recipe(recipe or "auto", tokens=tokens, vocabulary=vocabulary)
     changes = shape(chosen, model) if preset == "modern" else dict(model)
     return cook(chosen, config or {}), changes, str(chosen)
+
+
+def shape(recipe: Recipe, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's model with what is given in the place of what it says; without n-grams it has no rows for them.
+
+    >>> shape(choose_recipe("quick", tokens=1000, vocabulary=65), {"ngrams": 1, "d_ff": 128})["d_ff"]
+    128
+    """
+    said = dict(recipe.model)
+    if model.get("ngrams") == 1:
+        said.pop("ngram_rows", None)
+    return {**said, **model}
 
 
 def cook(recipe: Recipe, config: Mapping[str, Any]) -> TrainConfig:

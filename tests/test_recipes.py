@@ -7,7 +7,7 @@ import pytest
 from sightline.checkpoints import load
 from sightline.events import Started
 from sightline.models import DecoderConfig
-from sightline.recipes import check_changes, choose_recipe, cook
+from sightline.recipes import check_changes, choose_recipe, cook, shape
 from sightline.schedule import TrainConfig
 from sightline.training import train
 
@@ -89,3 +89,11 @@ def test_classic_keeps_the_shape_of_the_paper(tmp_path):
     train(text, tmp_path / "modern", tokenizer="characters", model=TINY, **quick)
     assert load(tmp_path / "classic").config.ngrams == 1
     assert load(tmp_path / "modern").config.ngrams == 4
+
+
+@pytest.mark.parametrize("changes", [{"ngrams": 1}, {"d_model": 256}, {"d_model": 32, "num_heads": 2}])
+def test_one_setting_may_be_given_alone(changes):
+    for name in ("quick", "short", "words", "long", "plain"):
+        model = shape(choose_recipe(name, tokens=1000, vocabulary=65), changes)
+        config = DecoderConfig.modern(vocabulary=65, **model)
+        assert {key: getattr(config, key) for key in changes} == changes
