@@ -66,7 +66,7 @@ class TrainProgress:
             self.bits_per_byte = event.bits_per_byte
             self._say(_evaluated(event))
         elif isinstance(event, Started):
-            if event.recipe is not None:
+            if event.recipe is not None and not event.resumed:
                 self._say(event.recipe)
             self._say(_started(event))
         elif isinstance(event, Warned):
