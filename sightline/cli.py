@@ -19,11 +19,12 @@ from sightline.captures import Capture
 from sightline.checking.command import check
 from sightline.checkpoints import load, steps
 from sightline.corpora import Corpus, Errors, open_corpus
-from sightline.events import Event
+from sightline.events import each
 from sightline.generation import SampleConfig
 from sightline.models import Decoder
 from sightline.options import Sampling, Shape, Training, given
 from sightline.recipes import RecipeName
+from sightline.schedule import TrainConfig
 from sightline.tokenizers import Kind
 from sightline.training import Preset
 
@@ -120,7 +121,7 @@ def train(
         if plan:
             print(planning.plan(source, out, **choices))
             return
-        result = training.train(source, out, **choices, cache=cache, listener=_each(*listeners))
+        result = training.train(source, out, **choices, cache=cache, listener=each(*listeners))
     if not team.leads:
         return
     print(f"best at step {result.best_step:,}: {result.best}")
@@ -236,16 +237,6 @@ def look(
     else:
         ((captures, _),) = stages
         print(f"{page(captures, out)}: open it in a browser")
-
-
-def _each(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
-    """One listener that tells all of them."""
-
-    def tell(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
-
-    return tell
 
 
 def _stages(

@@ -106,6 +106,8 @@ def evaluate(
         raise ValueError(f"expected a stride from 1 to the context's {context}, got {stride}")
     if dynamic is not None and not 0 < dynamic < math.inf:
         raise ValueError(f"expected a dynamic rate above 0, got {dynamic}")
+    if dynamic is not None and team.size > 1:
+        raise ValueError("expected one process for dynamic evaluation: each window learns from the one before")
     _expect_something(tokens)
     context = min(context, len(tokens.ids) - 1)  # a shorter text is one window
     scored: Iterator[tuple[Tensor, Tensor, int]]

@@ -1,5 +1,6 @@
 """What happens in a training run, as frozen records: what its log holds and a listener hears. Knows no folders."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -122,3 +123,13 @@ def of_record(record: dict[str, Any]) -> Event | None:
     if kind is None or values.keys() != {field.name for field in fields(kind)}:
         return None
     return kind(**values)
+
+
+def each(*listeners: Callable[[Event], None]) -> Callable[[Event], None]:
+    """One listener that tells all of them."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
