@@ -253,8 +253,8 @@ def _seconds(trainer: Trainer, config: TrainConfig) -> Seconds:
 
 def _evaluation(trainer: Trainer, config: TrainConfig) -> float:
     """Seconds for one batch of validation text; `_course` knows how many there are."""
-    size = {"context": trainer.context, "batch": config.batch, "batches": 1}
-    return _timed(lambda: evaluate(trainer.model, trainer.valid_tokens, **size))
+    tokens, context = trainer.valid_tokens, trainer.context
+    return _timed(lambda: evaluate(trainer.model, tokens, context=context, batch=config.batch, batches=1))
 
 
 def _checkpoint(trainer: Trainer) -> float:
