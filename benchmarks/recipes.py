@@ -50,7 +50,6 @@ def ours(
     torch.manual_seed(config.seed)
     model = Decoder(DecoderConfig.modern(vocabulary=vocabulary, **recipe.model))
     trainer = Trainer(model, data, config)
-    trainer.seed()
     model.train()
     began = time.perf_counter()
     for step in range(config.steps):
