@@ -94,6 +94,8 @@ class Ended:
     stopped: str
     seconds: float
     tokens_per_second: float
+    of_peak: float | None = None
+    """The share of the GPUs' bfloat16 arithmetic that training used; None elsewhere, and on GPUs not listed."""
     peak_bytes: int
 
 

@@ -96,8 +96,11 @@ class Run:
                 raise Diverged(self._log_divergence(error)) from error
         speed = self.trainer.tokens_per_second
         step, seconds = self.trainer.step, self._seconds()
-        peak = peak_bytes(self.trainer.device)
-        self._tell(Ended(step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed, peak_bytes=peak))
+        peak, share = peak_bytes(self.trainer.device), self.trainer.of_peak
+        ended = Ended(
+            step=step, stopped=stopped, seconds=seconds, tokens_per_second=speed, of_peak=share, peak_bytes=peak
+        )
+        self._tell(ended)
         assert self.start and self.best and self.best_step and self.final
         return TrainResult(
             out=self.folder.out,

@@ -162,7 +162,8 @@ def _evaluated(event: Evaluated) -> str:
 
 def _ended(event: Ended) -> str:
     memory = f", {shown(event.peak_bytes)} of memory at most" if event.peak_bytes else ""
+    share = f", {event.of_peak:.0%} of the GPUs' peak" if event.of_peak else ""
     return (
         f"ended at step {event.step:,} by its {event.stopped}: {clock(event.seconds)}, "
-        f"{event.tokens_per_second:,.0f} tokens/s{memory}"
+        f"{event.tokens_per_second:,.0f} tokens/s{share}{memory}"
     )

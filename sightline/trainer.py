@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sightline.batches import TokenFile, TokenizedCorpus, batch
 from sightline.checkpoints import own_tensors
+from sightline.costs import flops_per_token, peak
 from sightline.distributed import ALONE, Replica, Team, shards, whole
 from sightline.evaluation import Evaluation, evaluate
 from sightline.models import Decoder
@@ -77,6 +78,14 @@ class Trainer:
     def tokens_per_second(self) -> float:
         """Tokens trained on in a second of training, evaluations apart, in this session."""
         return self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
+
+    @property
+    def of_peak(self) -> float | None:
+        """The share of the GPUs' arithmetic that this is; None where their peak is not known."""
+        if self.device.type != "cuda" or self.precision != torch.bfloat16:
+            return None
+        most = peak(torch.cuda.get_device_name(self.device))
+        return most and self.tokens_per_second * flops_per_token(self.model.config) / (most * self.team.size)
 
     def take_step(self, rate: float) -> list[Step]:
         """Draws a batch and moves the weights.

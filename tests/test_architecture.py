@@ -36,7 +36,7 @@ ROWS = [
     {"distributed"},
     {"viewer.manifest"},
     {"pyramid"},
-    {"inspection", "schedule", "conversion", "huggingface.watching"},
+    {"inspection", "schedule", "costs", "conversion", "huggingface.watching"},
     {"recording"},
     {"sequences"},
     {"store", "bridges"},
