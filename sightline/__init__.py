@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sightline.layers import SelfAttention as SelfAttention
     from sightline.models import Decoder as Decoder
     from sightline.models import DecoderConfig as DecoderConfig
+    from sightline.pairs import open_pairs as open_pairs
     from sightline.positions import Learned as Learned
     from sightline.positions import Rotary as Rotary
     from sightline.positions import Sinusoidal as Sinusoidal
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from sightline.tokenizers import Tokenizer as Tokenizer
     from sightline.training import TrainConfig as TrainConfig
     from sightline.training import train as train
+    from sightline.translation import score_pairs as score_pairs
+    from sightline.translation import train_pairs as train_pairs
+    from sightline.translation import translate as translate
     from sightline.viewer.page import page as page
     from sightline.viewer.plots import plot_heads as plot_heads
     from sightline.viewer.plots import plot_positions as plot_positions
@@ -102,6 +106,7 @@ _LATER = {
     "hide_tokens": "encoder",
     "load": "checkpoints",
     "load_capture": "store",
+    "open_pairs": "pairs",
     "page": "viewer.page",
     "plot_heads": "viewer.plots",
     "plot_positions": "viewer.plots",
@@ -110,6 +115,7 @@ _LATER = {
     "record": "recording",
     "save": "checkpoints",
     "save_capture": "store",
+    "score_pairs": "translation",
     "serve": "viewer.server",
     "sinusoidal": "positions",
     "to_torch": "conversion",
@@ -119,6 +125,8 @@ _LATER = {
     "to_numpy": "bridges",
     "to_pandas": "bridges",
     "train": "training",
+    "train_pairs": "translation",
+    "translate": "translation",
 }
 _PACKAGES = ["huggingface"]
 _NOW = ["ALiBi", "Allowed", "Bias", "Causal", "Mask", "Observation", "Padding", "Segments", "ShapeError", "Window"]

@@ -21,16 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.models import Decoder, DecoderConfig
 from sightline.tokenizers import OTHER, Tokenizer
 
 Format = Literal["sightline", "huggingface"]
+Model = Decoder | EncoderDecoder
+"""What can be saved."""
 FORMAT = 1
 _SINCE_0_3 = {"norm_epsilon", "rotary_scaling", "window_before", "query_key_value_bias"}
 """Settings that older checkpoints lack: their defaults say what was so before."""
 STEP_FOLDER = re.compile(r"step-\d+")
 TEMPORARY = ".writing-"
 MANIFEST = "manifest.json"
+_KINDS = {"decoder": (Decoder, DecoderConfig), "encoder-decoder": (EncoderDecoder, EncoderDecoderConfig)}
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -102,7 +106,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_model(folder: Path, model: Decoder, weights: Mapping[str, Tensor] | None = None) -> None:
+def write_model(folder: Path, model: Model, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes the files of a checkpoint into an existing folder; `weights` stand for the model's own."""
     tensors = own_tensors(model) if weights is None else weights
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -110,7 +114,7 @@ def write_model(folder: Path, model: Decoder, weights: Mapping[str, Tensor] | No
     kind = None if tokenizer is None else tokenizer.kind
     head = {
         "format": FORMAT,
-        "model": "decoder",
+        "model": next(name for name, (kind, _) in _KINDS.items() if isinstance(model, kind)),
         "tokenizer": kind,
         "tokens_sha256": tokenizer and tokenizer.tokens_sha256,
     }
@@ -127,7 +131,7 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def save(folder: str | Path, model: Decoder, *, format: Format = "sightline") -> Path:
+def save(folder: str | Path, model: Model, *, format: Format = "sightline") -> Path:
     """Saves a model and its tokenizer as a new folder of safetensors and JSON, whole or not at all.
 
     Tied weights are stored once. Returns the folder.
@@ -151,6 +155,8 @@ def save(folder: str | Path, model: Decoder, *, format: Format = "sightline") ->
     folder = Path(folder)
     if format not in get_args(Format):
         raise ValueError(f"expected format to be {' or '.join(get_args(Format))}, got {format!r}")
+    if format == "huggingface" and not isinstance(model, Decoder):
+        raise ValueError("expected a Decoder for the format huggingface, got an EncoderDecoder: save it as sightline")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a new or empty folder, but {folder} holds something: choose another")
     if folder.exists():
@@ -160,6 +166,7 @@ def save(folder: str | Path, model: Decoder, *, format: Format = "sightline") ->
             # Imported when it is asked for: it writes and reads with what stands here.
             from sightline.huggingface.formats import write_huggingface
 
+            assert isinstance(model, Decoder)
             write_huggingface(temporary, model)
         else:
             write_model(temporary, model)
@@ -170,8 +177,10 @@ def save(folder: str | Path, model: Decoder, *, format: Format = "sightline") ->
 # --- Reading -----------------------------------------------------------------------------------------
 
 
-def load(folder: str | Path) -> Decoder:
+def load(folder: str | Path) -> Any:
     """Opens a checkpoint: a run's folder (its best step), one of its steps, or what `save` or `transformers` wrote.
+
+    It is a `Decoder` or an `EncoderDecoder`, as the folder says.
 
     The model comes back on the CPU, in evaluation mode, in the dtype of the file, with its tokenizer. A folder that
     was put together by hand needs no manifest.json; where there is one, every file must be as it says. Of
@@ -198,7 +207,7 @@ def load(folder: str | Path) -> Decoder:
             raise _with_a_whole_step(error, folder.parent, otherwise) from None
     config, tokenizer = read_config(folder)
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers that are thrown away
-        model = Decoder(config)
+        model = EncoderDecoder(config) if isinstance(config, EncoderDecoderConfig) else Decoder(config)
     model.tokenizer = tokenizer
     load_weights(model, folder)
     return model.eval()
@@ -252,21 +261,22 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
+def read_config(folder: Path) -> tuple[DecoderConfig | EncoderDecoderConfig, Tokenizer | None]:
     """What a checkpoint's model is, without its weights: its config and its tokenizer."""
     file = folder / "config.json"
     data = read_json(file)
     head = {key: data.pop(key, None) for key in ("format", "model", "tokenizer", "tokens_sha256", "ends")}
-    if head["format"] != FORMAT or head["model"] != "decoder":
+    if head["format"] != FORMAT or head["model"] not in _KINDS:
         raise ValueError(
-            f"expected {file} to say format {FORMAT} and model 'decoder', got {head['format']!r} and "
-            f"{head['model']!r}: it was written by another program or a newer version"
+            f"expected {file} to say format {FORMAT} and model {' or '.join(map(repr, _KINDS))}, "
+            f"got {head['format']!r} and {head['model']!r}: it was written by another program or a newer version"
         )
-    missing = [field.name for field in fields(DecoderConfig) if field.name not in {*data} | _SINCE_0_3]
+    _, made_of = _KINDS[head["model"]]
+    missing = [field.name for field in fields(made_of) if field.name not in {*data} | _SINCE_0_3]
     if missing:
         raise ValueError(f"expected {file} to hold the key {missing[0]!r}, but it is missing")
     try:
-        config = DecoderConfig.from_dict(data)
+        config = made_of.from_dict(data)
     except ValueError as error:
         raise ValueError(f"in {file}: {error}") from error
     if head["tokenizer"] is None:
@@ -278,14 +288,14 @@ def read_config(folder: Path) -> tuple[DecoderConfig, Tokenizer | None]:
     return config, tokenizer
 
 
-def load_weights(model: Decoder, folder: Path) -> None:
+def load_weights(model: Model, folder: Path) -> None:
     """Fills a model's parameters from `model.safetensors`."""
     weights = read_weights(model, folder)
     for name, tensor in own_tensors(model).items():
         tensor.data = weights[name].to(tensor.device)
 
 
-def read_weights(model: Decoder, folder: Path) -> dict[str, Tensor]:
+def read_weights(model: Model, folder: Path) -> dict[str, Tensor]:
     """Reads `model.safetensors`, and checks every name and shape against a model."""
     file = folder / "model.safetensors"
     stored = read_tensors(file)
@@ -382,7 +392,7 @@ def _expect_file(file: Path) -> None:
         raise ValueError(f"expected the file {file}, but it is missing: the checkpoint is not complete")
 
 
-def own_tensors(model: Decoder) -> dict[str, Tensor]:
+def own_tensors(model: Model) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; those that share one tensor once, under the first name."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -15,20 +15,24 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
 
+from sightline.beams import DecodeConfig
 from sightline.captures import Capture
 from sightline.checking.command import check
 from sightline.checkpoints import load, steps
 from sightline.corpora import Corpus, Errors, open_corpus
+from sightline.encoder_decoder import EncoderDecoder
 from sightline.events import each
 from sightline.generation import SampleConfig
 from sightline.models import Decoder
-from sightline.options import Sampling, Shape, Training, given
+from sightline.options import Decoding, Sampling, Shape, Training, given
 from sightline.recipes import RecipeName
 from sightline.schedule import TrainConfig
+from sightline.terminal import fail, free, harmless, has_screen, note, stream
 from sightline.tokenizers import Kind
 from sightline.training import Preset
 
 SOURCE = "A file, a folder, - for standard input, 'embedded', or 'wikitext-2'."
+Task = Literal["text", "translate"]
 MODEL = "The folder of a run, one of its steps, or a folder of transformers."
 
 
@@ -42,7 +46,7 @@ def demo(
     from sightline import demo as work
     from sightline.progress import TrainProgress
 
-    out = _free(out)
+    out = free(out)
     console = Console(highlight=False)
     console.print(
         f"[bold]1. Training[/bold] on the documentation inside this Python, for {work.TRAINING.minutes} minutes at most"
@@ -60,7 +64,7 @@ def demo(
         table.add_row(f"{evaluation.bits_per_byte:.3f}", name)
     console.print(table)
     console.print("\n[bold]3. Writing[/bold] 100 words at temperature 0.8\n")
-    _stream(work.PROMPT, work.write(out))
+    stream(work.PROMPT, work.write(out))
     console.print("\n[bold]4. Looking[/bold] at every head of every layer")
     for file in work.look(out):
         console.print(f"  {file}", soft_wrap=True)
@@ -76,6 +80,8 @@ def demo(
 def train(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     out: Annotated[Path, arg(help="The folder of the run.")],
+    task: Annotated[Task, arg(help="translate: from pairs of lines, source<TAB>target.")] = "text",
+    target: Annotated[Path | None, arg(help="The targets, line by line, where --task translate has two files.")] = None,
     preset: Annotated[Preset, arg(help="modern: Qwen3's architecture; classic: the 2017 paper's.")] = "modern",
     recipe: Annotated[RecipeName, arg(help="What fills in the settings not given. auto: by the text.")] = "auto",
     model: OmitArgPrefixes[Shape] = Shape(),  # pyright: ignore[reportInvalidTypeForm] (made above)  # noqa: B008 (frozen)
@@ -91,22 +97,24 @@ def train(
 ) -> None:
     """Train a Transformer on text, keeping its best and its latest step in a folder."""
     from sightline import plan as planning
-    from sightline import training
+    from sightline import training, translation
     from sightline.curves import LossPicture
     from sightline.distributed import is_restart, joined
     from sightline.progress import TrainProgress
     from sightline.tensorboard import TensorBoard
 
+    pairs = task == "translate"
+    if pairs and (cache is not None or errors != "strict" or download or plan or recipe != "auto"):
+        raise ValueError("--task translate reads UTF-8 pairs: drop --cache, --errors, --download, --plan, --recipe")
+    if target is not None and not pairs:
+        raise ValueError("--target is the other half of parallel text: add --task translate")
     picture = LossPicture(out)
     with joined(os.environ, schedule.device or TrainConfig.device) as team, ExitStack() as stack:
         choices: dict[str, Any] = {
             "preset": preset,
-            "recipe": recipe,
             "model": given(model),
             "tokenizer": tokenizer,
             "vocabulary": vocabulary,
-            "config": given(schedule),
-            "errors": errors,
             "resume": resume or (is_restart(os.environ) and bool(steps(out))),
         }
         listeners = []
@@ -119,14 +127,20 @@ def train(
                 shown = (picture, *([TensorBoard(out)] if log else []), TrainProgress())
                 listeners = [stack.enter_context(one) for one in shown]
         if plan:
-            print(planning.plan(source, out, **choices))
+            print(planning.plan(source, out, recipe=recipe, config=given(schedule), errors=errors, **choices))
             return
-        result = training.train(source, out, **choices, cache=cache, listener=each(*listeners))
+        choices["listener"] = each(*listeners)
+        if pairs:
+            config = TrainConfig(**given(schedule))
+            result = translation.train_pairs(source, out, target=target, config=config, **choices)
+        else:
+            choices |= {"recipe": recipe, "config": given(schedule)}
+            result = training.train(source, out, cache=cache, errors=errors, **choices)
     if not team.leads:
         return
     print(f"best at step {result.best_step:,}: {result.best}")
     print(f"loss curve: {picture.drawn}")
-    print(f'next: sightline generate --model {out} "Some words to start with"')
+    print(f'next: sightline {"translate" if pairs else "generate"} --model {out} "Some words to start with"')
 
 
 def watch(
@@ -149,14 +163,14 @@ def watch(
             f"expected a run with a loss to draw, but {run} has none: it ended before its first evaluation"
         )
     if not isinstance(event, Ended):
-        _note(f"no process trains {run}: it was stopped after step {event.step if event else 0:,}")
+        note(f"no process trains {run}: it was stopped after step {event.step if event else 0:,}")
     print(f"loss curve: {picture.drawn}")
 
 
 def evaluate(
     source: Annotated[Positional[str], arg(help=SOURCE)],
     model: Annotated[Path, arg(help=MODEL)],
-    split: Annotated[Literal["train", "valid", "test"], arg(help="Which part of the text.")] = "valid",
+    split: Annotated[Literal["train", "valid", "test", "all"], arg(help="Which part; of pairs also all.")] = "valid",
     context: Annotated[int | None, arg(help="Tokens in a window. None: the model's context.")] = None,
     stride: Annotated[int | None, arg(help="Also score overlapping windows, so many tokens apart.")] = None,
     dynamic: Annotated[float | None, arg(help="Also score a model that learns on the way, at this rate.")] = None,
@@ -167,7 +181,14 @@ def evaluate(
     from sightline.batches import tokenize
     from sightline.evaluation import evaluate
 
-    decoder = _load(model)
+    decoder = _load(model, Decoder, EncoderDecoder)
+    if isinstance(decoder, EncoderDecoder):
+        from sightline.pairs import open_pairs
+        from sightline.translation import score_pairs
+
+        parallel = open_pairs(source)
+        print(f"{parallel.name}, {split}: {score_pairs(decoder, parallel.split(split), name=parallel.name)}")
+        return
     assert decoder.tokenizer is not None
     corpus = _open(source, errors)
     if split not in corpus.splits:
@@ -181,7 +202,7 @@ def evaluate(
     if dynamic is not None:
         print(f"learning at {dynamic:g}: {evaluate(decoder, tokens, context=context, dynamic=dynamic)}")
     if scored.unknown:
-        _note(f"{scored.unknown:.1%} of the tokens are <unk>, each of them scored as one easy token")
+        note(f"{scored.unknown:.1%} of the tokens are <unk>, each of them scored as one easy token")
 
 
 def generate(
@@ -192,7 +213,26 @@ def generate(
     """Write, word by word, from a prompt."""
     from sightline import generation
 
-    _stream(prompt, generation.generate(_load(model), prompt, SampleConfig(**vars(sampling))))
+    stream(prompt, generation.generate(_load(model, Decoder), prompt, SampleConfig(**vars(sampling))))
+
+
+def translate(
+    model: Annotated[Path, arg(help=MODEL)],
+    text: Annotated[Positional[str], arg(help="What to translate. Nothing: each line of standard input.")] = "",
+    source: Annotated[Path | None, arg(help="A file to translate line by line.")] = None,
+    decoding: OmitArgPrefixes[Decoding] = Decoding(),  # noqa: B008 (frozen)
+) -> None:
+    """Translate a line, a file or standard input, line by line."""
+    from sightline import translation
+    from sightline.pairs import read_lines
+
+    if text and source is not None:
+        raise ValueError("give a text or --source, not both")
+    config = DecodeConfig(**vars(decoding))
+    translator = _load(model, EncoderDecoder)
+    lines = [text] if text else read_lines(source) if source is not None else sys.stdin.read().splitlines()
+    for line in translation.translate(translator, lines, config):
+        print(harmless(line) if sys.stdout.isatty() else line)
 
 
 def look(
@@ -233,7 +273,7 @@ def look(
         chosen = parse_heads(heads)
         stages = (({name: seen.select(chosen) for name, seen in captures.items()}, goal) for captures, goal in stages)
     if out is None:
-        follow(stages, port=PORT if port is None else port, open_browser=not no_open and _has_screen())
+        follow(stages, port=PORT if port is None else port, open_browser=not no_open and has_screen())
     else:
         ((captures, _),) = stages
         print(f"{page(captures, out)}: open it in a browser")
@@ -251,14 +291,8 @@ def _stages(
         raise ValueError("--save saves one capture: save each model's on its own, without --compare")
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
-    models = {str(one): _load(one) for one in (model, compare) if one is not None}
-    return stages(models, _open(text, errors), tell=_note, folder=folder, **options)
-
-
-def _has_screen() -> bool:
-    """Else the system's browser may be one that takes over the terminal."""
-    by_window = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    return sys.stdout.isatty() and by_window
+    models = {str(one): _load(one, Decoder) for one in (model, compare) if one is not None}
+    return stages(models, _open(text, errors), tell=note, folder=folder, **options)
 
 
 def bench() -> None:
@@ -285,7 +319,8 @@ def doctor() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, train, watch, generate, evaluate, look, check, bench, doctor)
+    command.__name__: command
+    for command in (demo, train, watch, generate, translate, evaluate, look, check, bench, doctor)
 }
 
 
@@ -295,18 +330,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else "--help"
     where = f"sightline {name}" if name in COMMANDS else "sightline"
     with warnings.catch_warnings():
-        warnings.showwarning = _note
+        warnings.showwarning = note
         try:
             _run(name, arguments[1:])
         except SystemExit as stop:  # the parser has told what it had to tell
             return int(stop.code or 0)
         except KeyboardInterrupt as stop:
-            return _fail(where, str(stop) or "stopped", code=130)
+            return fail(where, str(stop) or "stopped", code=130)
         except BrokenPipeError:
             sys.stderr.close()  # the reader has gone: nobody is left to tell
             return 1
         except (ValueError, OSError) as error:
-            return _fail(where, str(error))
+            return fail(where, str(error))
     return 0
 
 
@@ -336,8 +371,13 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def _load(folder: Path) -> Decoder:
+def _load(folder: Path, *kinds: type) -> Any:
     model = load(folder)
+    if not isinstance(model, kinds):
+        kind, other = (
+            ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
+        )
+        raise ValueError(f"{folder} holds {kind}, which this command does not take: try sightline {other}")
     if model.tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text; save it with model.tokenizer set")
     return model
@@ -346,7 +386,7 @@ def _load(folder: Path) -> Decoder:
 def _open(source: str, errors: Errors) -> Corpus:
     corpus = open_corpus(source, errors=errors)
     if corpus.left_out:
-        _note(corpus.left_out)
+        note(corpus.left_out)
     return corpus
 
 
@@ -358,44 +398,6 @@ def _download(source: str) -> None:
     wanted = DOWNLOADS[source]
     print(f"fetching {wanted.url} ({wanted.size / 1e6:.1f} MB, {wanted.licence})", file=sys.stderr)
     download(source, cache_folder())
-
-
-def _stream(prompt: str, pieces: Iterator[str]) -> None:
-    def note(message: Warning | str, *_: object) -> None:
-        if sys.stdout.isatty() and sys.stderr.isatty():
-            print(file=sys.stderr)  # ends the line of text that the note would stand in
-        _note(message)
-
-    warnings.showwarning = note
-    print(prompt, end="", flush=True)
-    try:
-        for piece in pieces:
-            print(_harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
-    finally:
-        print()
-
-
-def _harmless(text: str) -> str:
-    """What a terminal shows and does not obey: a model may write any byte."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def _free(out: Path) -> Path:
-    """`out`, or the first of out-2, out-3, ... where something is already: a demo never overwrites."""
-    number = 2
-    free = out
-    while free.exists():
-        free, number = out.with_name(f"{out.name}-{number}"), number + 1
-    return free
-
-
-def _note(message: Warning | str, *_: object) -> None:
-    print(f"note: {message}", file=sys.stderr)
-
-
-def _fail(where: str, message: str, code: int = 2) -> int:
-    print(f"{where}: {message}", file=sys.stderr)
-    return code
 
 
 def entry() -> None:

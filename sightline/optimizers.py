@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sightline.checkpoints import Model
 from sightline.distributed import part, whole
 from sightline.models import Decoder
 from sightline.schedule import TrainConfig, has_bfloat16
@@ -130,7 +131,7 @@ class Optimizers:
     Gains and biases never decay.
     """
 
-    def __init__(self, model: Decoder, config: TrainConfig) -> None:
+    def __init__(self, model: Model, config: TrainConfig) -> None:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         muon = config.optimizer == "muon"
         matrices = _inner_matrices(model) if muon else []
@@ -203,10 +204,12 @@ def stored(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
     return value
 
 
-def _inner_matrices(model: Decoder) -> list[Tensor]:
-    return [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+def _inner_matrices(model: Model) -> list[Tensor]:
+    named = model.named_modules()
+    return [module.weight for name, module in named if isinstance(module, nn.Linear) and "blocks" in name.split(".")]
 
 
-def _tables(model: Decoder) -> list[Tensor]:
+def _tables(model: Model) -> list[Tensor]:
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    return [table for table in tables if model.head is not None or table is not model.embedding.weight]
+    shared = model.embedding.weight if isinstance(model, Decoder) else model.embedding.tokens.weight
+    return [table for table in tables if model.head is not None or table is not shared]

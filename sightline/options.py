@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+from sightline.beams import DecodeConfig
 from sightline.checking.checks import CheckConfig
 from sightline.generation import SampleConfig
 from sightline.models import DecoderConfig
@@ -41,6 +42,13 @@ Training: Any = _changes(TrainConfig, otherwise="the recipe's")
 
 
 # The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
+@dataclass(frozen=True, kw_only=True)
+class Decoding(DecodeConfig):
+    """How a target is searched for, and when to stop."""
+
+    def __post_init__(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SampleConfig):
     """How the next token is drawn, and when to stop."""

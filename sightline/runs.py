@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sightline.checkpoints import (
     TEMPORARY,
+    Model,
     check_whole,
     is_whole,
     read_json,
@@ -40,7 +41,6 @@ from sightline.checkpoints import (
 from sightline.events import Event, as_record
 from sightline.locks import LOCK, Lock
 from sightline.logs import record
-from sightline.models import Decoder
 
 # What a run that was stopped before its first checkpoint leaves: starting over loses nothing.
 _OURS = {"log.jsonl", "loss.png", "tensorboard", "tokens", LOCK}
@@ -151,7 +151,7 @@ class RunFolder:
 
     def save(
         self,
-        model: Decoder,
+        model: Model,
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         *,

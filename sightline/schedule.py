@@ -17,6 +17,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 OptimizerName = Literal["muon", "adamw"]
 Parallel = Literal["auto", "replicate", "shard"]
 Compile = Literal["auto", "always", "never"]
+Decay = Literal["level", "inverse-sqrt"]
 
 DEFAULT_STEPS = 2000
 
@@ -47,12 +48,16 @@ class TrainConfig:
     """Share of the run in which the learning rate rises from 0."""
     cooldown: float = 0.5
     """Share of the run, at its end, in which the learning rate falls to 0."""
+    decay: Decay = "level"
+    """Between the two: level, or falling with the root of the step, as in the 2017 paper (whose cooldown is 0)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and of the head; what embedding_rate moves, gains and biases have none."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the running mean of the gradient and of its square."""
     clip: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
+    smoothing: float = 0.0
+    """Label smoothing of translation: a share of the probability that all tokens get alike; 0.1 in the 2017 paper."""
     evaluate_every: int = 250
     """Steps between two evaluations; each one writes a checkpoint."""
     evaluate_batches: int | None = None
@@ -80,6 +85,7 @@ class TrainConfig:
             "parallel": Parallel,
             "compile": Compile,
             "optimizer": OptimizerName,
+            "decay": Decay,
         }
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
@@ -104,6 +110,10 @@ class TrainConfig:
         for name in TrainConfig.NOT_WITH_ADAMW if self.optimizer == "adamw" else ():
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise ValueError(f"{name} has no effect with the optimizer adamw: drop it, or take muon")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"expected smoothing of at least 0 and under 1, got {self.smoothing}")
+        if self.decay == "inverse-sqrt" and not self.warmup:
+            raise ValueError("expected a warmup above 0 with the decay inverse-sqrt, which starts at its end; got 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum of at least 0 and under 1, got {self.momentum}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -120,10 +130,14 @@ class TrainConfig:
         >>> config = TrainConfig(learning_rate=1.0, warmup=0.2, cooldown=0.5)
         >>> [round(config.rate(done), 2) for done in (0.0, 0.1, 0.2, 0.5, 0.75, 1.0)]
         [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+
+        The 2017 paper's d_model^-0.5 min(step^-0.5, step warmup_steps^-1.5) is the decay inverse-sqrt, without cooldown
+        and with a learning rate of (d_model warmup_steps)^-0.5.
         """
         up = done / self.warmup if done < self.warmup else 1.0
         down = (1 - done) / self.cooldown if 1 - done < self.cooldown else 1.0
-        return self.learning_rate * max(0.0, min(up, down))
+        level = math.sqrt(self.warmup / done) if self.decay == "inverse-sqrt" and done > self.warmup else 1.0
+        return self.learning_rate * max(0.0, min(up, level * down))
 
 
 def choose_device(device: Device) -> torch.device:

@@ -157,17 +157,20 @@ class Trainer:
             Diverged: the loss is not finite.
         """
         with autocast(self.device, self.precision):
-            evaluation = evaluate(
-                self.model,
-                self.valid_tokens,
-                context=self.context,
-                batch=self.config.batch,
-                batches=self.config.evaluate_batches,
-                team=self.team,
-            )
+            evaluation = self._evaluation()
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"the validation loss became {evaluation.loss} at step {self.step}")
         return evaluation
+
+    def _evaluation(self) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.valid_tokens,
+            context=self.context,
+            batch=self.config.batch,
+            batches=self.config.evaluate_batches,
+            team=self.team,
+        )
 
     # --- State ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ hears what happens.
 import itertools
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sightline.batches import TokenizedCorpus, tokenize
-from sightline.checkpoints import read_config
+from sightline.checkpoints import Model, read_config
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.distributed import Team
 from sightline.loop import Interrupted, Listener, Run, TrainResult
@@ -108,7 +108,7 @@ def train(
             torch.manual_seed(settled.seed)
             decoder = Decoder(decoder_config(preset, len(text), changes))
         decoder.tokenizer = text
-        return _fit(decoder, data, folder, settled, listener, team, said)
+        return fit_in(decoder, data, folder, settled, listener, team, said)
 
 
 def fit(
@@ -147,7 +147,7 @@ def fit(
     """
     team = Team.here()
     with _folder(out, resume, team) as folder:
-        return _fit(model, data, folder, config, listener, team)
+        return fit_in(model, data, folder, config, listener, team)
 
 
 @contextmanager
@@ -162,23 +162,28 @@ def _folder(out: str | Path, resume: bool, team: Team) -> Iterator[RunFolder | F
         yield Follower(out, latest) if folder is None else folder
 
 
-def _fit(
-    model: Decoder,
-    data: TokenizedCorpus,
+def fit_in(
+    model: Model,
+    data: Any,
     folder: RunFolder | Follower,
     config: TrainConfig,
     listener: Listener | None,
     team: Team,
     recipe: str | None = None,
+    make: Callable[..., Trainer] = Trainer,
 ) -> TrainResult:
+    """`fit` in a folder that is open, by the trainer that `make` makes of model, data and config."""
     began = time.perf_counter()
     resume = folder.latest is not None
     was_training = model.training
     with team.together():
         device = choose_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trainer = Trainer(model, data, config, team, device=device)
-        check_causal(model)
+        if config.smoothing and isinstance(model, Decoder):
+            raise ValueError(f"smoothing is for translation and has no effect here, got {config.smoothing}: drop it")
+        trainer = make(model, data, config, team, device=device)
+        if isinstance(model, Decoder):
+            check_causal(model)
         run = Run(trainer, folder, config, listener if team.leads else _unheard, began, recipe)
         if resume:
             run.restore()

@@ -18,7 +18,7 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"checking.command"},
-    {"demo", "diagnosis", "bench", "looking", "progress", "options", "plan", "tensorboard"},
+    {"demo", "diagnosis", "bench", "looking", "progress", "options", "plan", "tensorboard", "terminal", "translation"},
     {"checking.checks"},
     {"checking.attention_laws", "checking.encoding_laws", "checking.module_laws"},
     {"checking.discovery"},
@@ -31,7 +31,7 @@ ROWS = [
     {"trainer", "runs", "curves"},
     {"optimizers", "recipes", "logs"},
     {"viewer.server", "events"},
-    {"beams", "viewer.editions"},
+    {"beams", "pairs", "viewer.editions"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"distributed"},
     {"viewer.manifest"},
@@ -55,7 +55,7 @@ ROWS = [
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
     {"encoding"},
     {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory", "interrupts"},
-    {"downloads"},
+    {"downloads", "numerals"},
 ]
 
 

@@ -309,7 +309,7 @@ def change_config(folder, **changes):
         ({"norm": "batch"}, r"norm must be one of rms, layer; got 'batch'"),
         ({"rotary_base": "remove"}, r"config.json to hold the key 'rotary_base', but it is missing"),
         ({"d_ff": 99}, r"the shape \(99, 16\) that config.json asks for, but it has \(\d+, 16\)"),
-        ({"format": 2}, r"to say format 1 and model 'decoder', got 2 and 'decoder'"),
+        ({"format": 2}, r"to say format 1 and model 'decoder' or 'encoder-decoder', got 2 and 'decoder'"),
         ({"format": "remove", "model": "remove"}, r"got None and None: it was written by another program"),
         ({"vocabulary": 99}, r"to hold the 99 tokens of the kind '\w+' that config.json asks for, got \d+"),
         ({"tokens_sha256": "0" * 64}, r"to hold the tokens that the model was trained with, got others"),

@@ -23,6 +23,7 @@ from sightline.checkpoints import save, write_manifest
 from sightline.cli import COMMANDS
 from sightline.models import Decoder, DecoderConfig
 from sightline.schedule import TrainConfig
+from sightline.terminal import free, has_screen
 from sightline.tokenizers import Tokenizer
 from sightline.trainer import Trainer
 
@@ -179,7 +180,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     Path("README.md").write_text(TEXT, encoding="utf-8")
     assert run(*commands[0][1:], "--words", 3) == 0
     assert run(*commands[1][1:], "--out", "again.html") == 0
-    assert cli._free(Path("sightline-demo")) == Path("sightline-demo-2")
+    assert free(Path("sightline-demo")) == Path("sightline-demo-2")
 
 
 def test_doctor(capsys):
@@ -736,7 +737,7 @@ def test_a_browser_opens_where_there_is_a_screen(platform, terminal, variables, 
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli.sys, "platform", platform)
     monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert cli._has_screen() is expected
+    assert has_screen() is expected
 
 
 def test_look_at_what_is_not_there(trained, words, text, tmp_path, refused):
