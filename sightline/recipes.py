@@ -40,17 +40,18 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
     | recipe | for | what it does |
     |---|---|---|
     | words | short texts, a vocabulary of 4,096 and more | little beside the tied vocabulary, much dropout |
-    | short | other texts of up to 5 million tokens | n-grams, dropout, four layers |
+    | short | other texts of up to 5 million tokens | dropout, four layers |
     | long | longer texts | `modern` as it is: the text is too long to be learned by heart |
     | quick | whoever asks: seconds | n-grams and one layer |
     | plain | whoever asks | the defaults of `DecoderConfig` and of `TrainConfig` with AdamW for everything |
 
-    N-grams (`DecoderConfig.ngrams`) are no part of Qwen3: a model with them cannot be written for `transformers`.
+    N-grams (`DecoderConfig.ngrams`) are no part of Qwen3: a model with them cannot be written for `transformers`, so
+    that auto takes none; a recipe that is asked for by name may.
 
     Raises: ValueError for an unknown name.
 
     >>> print(choose_recipe("auto", tokens=1_000_000, vocabulary=65))
-    recipe short: a text that can be learned by heart: dropout, and n-grams for what needs no attention
+    recipe short: a text that can be learned by heart: few layers and dropout
     >>> choose_recipe("auto", tokens=10**9, vocabulary=16384).name
     'long'
     """
@@ -71,8 +72,8 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
         ),
         "short": Recipe(
             name="short",
-            reason="a text that can be learned by heart: dropout, and n-grams for what needs no attention",
-            model={"d_model": 192, "num_layers": 4, "dropout": 0.2, "tied": False, **grams},
+            reason="a text that can be learned by heart: few layers and dropout",
+            model={"d_model": 192, "num_layers": 4, "dropout": 0.2, "tied": False},
             training={"embedding_rate": 0.03, "cooldown": 0.6},
         ),
         "words": Recipe(

@@ -6,6 +6,7 @@ import pytest
 
 from sightline.checkpoints import load
 from sightline.events import Started
+from sightline.huggingface.settings import write_settings
 from sightline.models import DecoderConfig
 from sightline.recipes import check_changes, choose_recipe, cook, shape
 from sightline.schedule import TrainConfig
@@ -36,8 +37,16 @@ def test_every_recipe_can_be_cooked(name):
 
 
 def test_a_short_text_has_small_tables():
-    assert choose_recipe("short", tokens=500, vocabulary=65).model["ngram_rows"] == 500
-    assert choose_recipe("short", tokens=10**6, vocabulary=65).model["ngram_rows"] == 32768
+    assert choose_recipe("quick", tokens=500, vocabulary=65).model["ngram_rows"] == 500
+    assert choose_recipe("quick", tokens=10**6, vocabulary=65).model["ngram_rows"] == 32768
+
+
+@pytest.mark.parametrize("tokens", [10**4, 10**7])
+@pytest.mark.parametrize("vocabulary", [65, 18_000])
+def test_what_auto_takes_opens_in_transformers(tokens, vocabulary):
+    recipe = choose_recipe("auto", tokens=tokens, vocabulary=vocabulary)
+    config = DecoderConfig.modern(vocabulary=vocabulary, **recipe.model)
+    assert write_settings(config)[0].architecture == "Qwen3ForCausalLM"
 
 
 def test_adamw_beside_a_recipe_of_muon():
