@@ -211,9 +211,9 @@ def generate(
     sampling: OmitArgPrefixes[Sampling] = Sampling(),  # noqa: B008 (frozen)
 ) -> None:
     """Write, word by word, from a prompt."""
-    from sightline import generation
+    from sightline.huggingface.folders import write
 
-    stream(prompt, generation.generate(_load(model, Decoder), prompt, SampleConfig(**vars(sampling))))
+    stream(prompt, write(model, _load, prompt, SampleConfig(**vars(sampling))))
 
 
 def translate(
@@ -283,6 +283,7 @@ def _stages(
     model: Path | None, text: str | None, compare: Path | None, errors: Errors, *, folder: Path | None, **options: Any
 ) -> Iterator[tuple[dict[str, Capture], int | None]]:
     """What the models see, by their names."""
+    from sightline.huggingface.folders import Foreign, is_foreign
     from sightline.looking import stages
 
     if model is None or text is None:
@@ -291,6 +292,8 @@ def _stages(
         raise ValueError("--save saves one capture: save each model's on its own, without --compare")
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
+    if compare is None and is_foreign(model):
+        return Foreign(model).stages(str(model), _open(text, errors), tell=note, folder=folder, **options)
     models = {str(one): _load(one, Decoder) for one in (model, compare) if one is not None}
     return stages(models, _open(text, errors), tell=note, folder=folder, **options)
 

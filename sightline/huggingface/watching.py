@@ -322,5 +322,8 @@ def _texts(tokenizer: Any, numbers: list[int] | int) -> list[str]:
     for number in set(numbers):
         text = tokenizer.decode([*anchor, number], clean_up_tokenization_spaces=False)
         text = text[len(before) :] if text.startswith(before) else tokenizer.decode([number])
-        texts[number] = tokenizer.convert_ids_to_tokens(number) if not text or "\ufffd" in text else text
+        if not text or "\ufffd" in text:
+            # A model may have more ids than its tokenizer has names.
+            text = tokenizer.convert_ids_to_tokens(number) or f"<{number}>"
+        texts[number] = text
     return [texts[number] for number in numbers]
