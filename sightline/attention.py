@@ -230,7 +230,7 @@ def choose(
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")
         return Choice("cpu", "asked for by name")
     if not refusal:
-        return Choice("cpu", f"the native kernel ({cpu.instructions()}) is the fastest here")
+        return Choice("cpu", "the native kernel is the fastest here")
     if observing:
         return Choice("tiled", "says what it saw in O(N) memory on any device")
     if not plain:

@@ -17,8 +17,8 @@ from sightline.training import Listener, TrainConfig, TrainResult, train
 
 PROMPT = "The value of the expression"
 VOCABULARY = 512
-SHAPE = {"context": 384, "d_model": 128, "num_layers": 4, "num_heads": 4, "tied": False, "ngrams": 3, "dropout": 0.1}
-TRAINING = TrainConfig(minutes=2.5, batch=4, learning_rate=0.01, embedding_rate=0.05, cooldown=0.6, evaluate_every=200)
+SHAPE = {"context": 384, "d_model": 128, "num_layers": 4, "num_heads": 4}
+TRAINING = TrainConfig(minutes=2.5, batch=4, cooldown=0.6, evaluate_every=200)
 LOOK_TOKENS = 160
 SENTENCE = "A class definition is an executable statement. It defines the name of the class."
 

@@ -272,7 +272,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs the limits of POSIX")
-@pytest.mark.parametrize("limit", [3_000, 20_000])
+@pytest.mark.parametrize("limit", [3_000, 10_000])
 def test_a_file_that_cannot_grow(text, straight, stopped, limit):
     """What stands for a full disk where no disk can be mounted: first the log cannot be written, then the weights."""
     arguments = ["train", text, "--out", stopped, *TINY, "--resume"]
