@@ -83,3 +83,17 @@ def test_emulated_bfloat16_warns(monkeypatch):
     monkeypatch.setattr(schedule, "has_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="this cpu has no bfloat16 arithmetic: it is emulated, and slower"):
         assert choose_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+@given(
+    steps=st.integers(100, 100_000),
+    share=st.floats(0.01, 0.5),
+    d_model=st.sampled_from([64, 512, 1024]),
+    at=st.floats(0, 1),
+)
+def test_the_decay_inverse_sqrt_is_the_papers(steps, share, d_model, at):
+    warmup_steps, step = share * steps, max(1.0, at * steps)
+    rate = (d_model * warmup_steps) ** -0.5
+    config = TrainConfig(decay="inverse-sqrt", learning_rate=rate, warmup=share, cooldown=0.0)
+    paper = d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)
+    assert config.rate(step / steps) == pytest.approx(paper)
