@@ -7,6 +7,7 @@ exchanged. Knows nothing about folders, text and screens.
 import inspect
 import json
 import math
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: longer than the first one takes to make a vocabulary."""
+HEAD_START = 2.0
+"""Seconds for the first process to tell what ended all: torchrun ends the others as soon as one has ended."""
 STATE_BYTES = 16
 """Of one parameter while it is trained, in float32: the number, its gradient, and AdamW's two means."""
 
@@ -169,6 +172,8 @@ def joined(environment: Mapping[str, str], device: Device) -> Iterator[Team]:
         lost = _loss(error)
         if lost is None and (team.leads or isinstance(error, RuntimeError)):
             raise
+        if lost is None:
+            time.sleep(HEAD_START)
         if lost is None or team.rank > 1:  # of a loss the second speaks too: the first may be the one that is lost
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
         raise LostProcess(
