@@ -162,7 +162,7 @@ class Subject:
     def _drain(self) -> None:
         """Reads all that is printed, so that nobody waits for room, and keeps a beginning and the newest end."""
         assert self._process.stderr is not None
-        while block := self._process.stderr.read1(1 << 16):  # type: ignore[attr-defined]
+        while block := self._process.stderr.read1(1 << 16):  # type: ignore[attr-defined] (it is buffered)
             text = block.decode("utf-8", "replace")
             self._kept = (self._kept + text) if len(self._kept) < 4 * _PRINTED else self._kept[: 2 * _PRINTED] + text
 

@@ -313,7 +313,7 @@ def _of_docstring(function: Any) -> inspect.Signature:
     written = (function.__doc__ or "").partition("(")[2]
     inside = written.partition(") ->")[0].replace("*,", "")
     try:
-        arguments = ast.parse(f"def f({inside}): pass").body[0].args  # type: ignore[attr-defined]
+        arguments = ast.parse(f"def f({inside}): pass").body[0].args  # type: ignore[attr-defined] (it is a def)
     except SyntaxError:
         return inspect.Signature([_parameter(name, None) for name in ("query", "key", "value")])
     plain = arguments.args
