@@ -4,7 +4,7 @@ Between the model and whatever draws it. Knows nothing of browsers and figures.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sightline.captures import Capture
 from sightline.layers import MultiHeadAttention
+from sightline.masks import Mask
 from sightline.models import Decoder, evaluating
 from sightline.recording import Recorder, record
 from sightline.store import load_capture, new_folder, write_description
@@ -38,7 +39,7 @@ def capture(
     64 or more, with at most 1,024 blocks along the text. `prompt` says that the model wrote all but so many first
     tokens. With `folder` the capture is written there as it is made, as `save_capture` would; without, one of more
     than 512 MiB lies in a temporary file. The model reads in evaluation mode, and is afterwards as it was, also
-    after an error.
+    after an error. It reads no further than the weights of the last layer asked for.
 
     Raises:
         ValueError: a text for a model without tokenizer, an empty one, one longer than the model's context, words
@@ -56,7 +57,8 @@ def capture(
         raise ValueError(f"capture: prompt must be from 0 to the {len(ids)} tokens there are, got {prompt}")
 
     def seen(file: Path | None) -> Capture:
-        with evaluating(model), watched(model, layers, top=top, map_block=map_block, file=file) as recorder:
+        watching = watched(model, layers, top=top, map_block=map_block, file=file)
+        with evaluating(model), watching as recorder, _as_far_as(model, recorder):
             model.features(torch.tensor([ids], device=model.embedding.weight.device))
         return read(recorder, model, ids, prompt=prompt)
 
@@ -73,10 +75,32 @@ def watched(model: Decoder, layers: Sequence[int] | None = None, **options: Any)
 
     Raises: ValueError for a layer that the model does not have, top or map_block below 1.
     """
-    modules = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    modules = _attentions(model)
     chosen = _chosen(layers, len(modules))
     with record([modules[layer] for layer in chosen], chosen, **options) as recorder:
         yield recorder
+
+
+class _Seen(Exception):
+    """The last layer that was asked for has been seen."""
+
+
+@contextmanager
+def _as_far_as(model: Decoder, recorder: Recorder) -> Iterator[None]:
+    """The model stops behind the weights of the last layer recorded: what it would do with them is not asked for."""
+    layer = recorder.layers[-1]
+
+    def look(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, **options: Any) -> Tensor:
+        recorder(layer, query, key, value[..., :1], mask, **options)  # one column of the values stands for all
+        raise _Seen
+
+    _attentions(model)[layer].observer = look
+    with suppress(_Seen):
+        yield
+
+
+def _attentions(model: Decoder) -> list[MultiHeadAttention]:
+    return [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
 
 
 def read(recorder: Recorder, model: Decoder, ids: Sequence[int], *, prompt: int | None = None) -> Capture:

@@ -153,6 +153,18 @@ def test_chosen_layers_keep_the_models_numbers():
         some.weights(0, 4)
 
 
+def test_nothing_is_computed_behind_the_last_layer_asked_for():
+    model, ids = small(num_layers=3), tokens(12)
+    whole, read = capture(model, ids), []
+    for layer, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, layer=layer: read.append(layer))
+        block.register_forward_hook(lambda *_, layer=layer: read.append(f"{layer} to the end"))
+    some = capture(model, ids, layers=[0, 1])
+    assert read == [0, "0 to the end", 1]
+    torch.testing.assert_close(some.entropy, whole.entropy[:2], rtol=0, atol=0)
+    assert all(block.attention.observer is None for block in model.blocks)
+
+
 def test_a_full_matrix_beyond_the_limit_is_refused_with_its_size():
     seen = capture(small(), tokens(40))
     with pytest.raises(ValueError, match=r"40 x 40 weights take .* ask for a window, weights\(queries=slice"):
