@@ -157,6 +157,7 @@ MASKS = {
     "allowed": structured(mask=Allowed(torch.rand(1, 4, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.5)),
     "sinks": structured(sinks=torch.tensor([0.0, 1.0, 2.0, 3.0])),
     "cross": structured(("x", "y", "z"), keys=tuple("abcdefg"), mask=Mask()),
+    "tall cross": structured(keys=tuple("abc"), mask=Mask()),
     "newest": structured(("f", "g"), keys=tuple("abcdefg")),
 }
 

@@ -41,7 +41,7 @@ class EmbeddedSource {
 		const query = this.array(`${name}queries`), key = this.array(`c${c}-l${layer}-g${floor(h * groups / heads)}-keys`), size = query.length / height
 		const logsumexp = this.array(`${name}logsumexp`), softcap = softcaps[row], slope = slopes[row]?.[h] ?? 0, end = min(width, lengths[row] ?? width)
 		const extra = this.about(`${name}extra`) && this.array(`${name}extra`), [down, across] = this.about(`${name}extra`)?.shape ?? []
-		const span = i => [max(0, i + shift - (before ?? width)), min(end, i + shift + 1 + (after ?? width))]
+		const span = i => [max(0, i + shift - (before ?? Infinity)), min(end, i + shift + 1 + (after ?? Infinity))]
 		const value = (i, j) => {
 			let score = 0
 			for (let a = i * size, b = j * size, stop = a + size; a < stop; a++, b++) score += query[a] * key[b]
