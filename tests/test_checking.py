@@ -512,8 +512,9 @@ class Attention:
         self.b_q, self.b_k, self.b_v = random.normal(size=(3, d_model))
     def __call__(self, x):
         q, k, v = x @ self.W_q + self.b_q, x @ self.W_k + self.b_k, x @ self.W_v + self.b_v
-        scores = np.exp(q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]))
-        return scores / scores.sum(-1, keepdims=True) @ v
+        scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        return shares / shares.sum(-1, keepdims=True) @ v
 """
 FUSED = """
 class Fused(nn.Module):
@@ -625,6 +626,55 @@ def test_a_module_with_a_detached_weight_cannot_be_trained(tmp_path):
         tmp_path, ONE_HEAD.replace("self.value(x)", "F.linear(x, self.value.weight.detach(), self.value.bias)")
     )
     assert status(report, "gradients") == "fail"
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # as its own process does
+@pytest.mark.parametrize(
+    ("code", "old", "new"),
+    [
+        (MANY, "scores.softmax(-1)", "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
+        (IN_NUMPY, "scores - scores.max(-1, keepdims=True)", "scores"),
+    ],
+)
+def test_a_module_whose_softmax_overflows(tmp_path, code, old, new):
+    report = checked(tmp_path, code.replace(old, new))
+    assert names(report) == ["softmax overflows"]
+    assert [finding.law for finding in report.findings if finding.status == "fail"] == ["large scores"]
+
+
+@pytest.mark.parametrize(
+    ("new", "law"),
+    [
+        ("scores.clamp(max=500).softmax(-1)", "large scores"),
+        ("scores.softmax(-1) * (1.1 if x.dtype == torch.bfloat16 else 1)", "bfloat16"),
+        ("scores.softmax(-1) * (math.nan if x.dtype == torch.bfloat16 else 1)", "bfloat16"),
+    ],
+)
+def test_a_module_can_fail_in_numbers_alone(tmp_path, new, law):
+    report = checked(tmp_path, MANY.replace("scores.softmax(-1)", new))
+    assert [finding.law for finding in report.findings if finding.status == "fail"] == [law]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(MANY, "ok"), (FUSED, "ok"), (OURS, "ok"), (IN_NUMPY, None)])
+def test_a_module_is_tried_in_bfloat16(tmp_path, code, expected):
+    """A copy of it: what is tried afterwards is in float32 as before."""
+    report = checked(tmp_path, code)
+    found = [finding.status for finding in report.findings if finding.law == "bfloat16"]
+    assert found == ([] if expected is None else [expected])
+    assert expected is None or status(report, "gradients") == "ok"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("scores.softmax(-1)", "scores.float().softmax(-1)", "not taken: "),
+        ("self.W_o(joined)", "self.W_o(joined).float()", "it gives torch.float32 for bfloat16"),
+    ],
+)
+def test_what_a_module_does_not_do_in_bfloat16_is_a_note(tmp_path, old, new, said):
+    report = checked(tmp_path, MANY.replace(old, new))
+    (found,) = [finding for finding in report.findings if finding.law == "bfloat16"]
+    assert report.passed and found.status == "note" and said in found.said
 
 
 # --- Every mistake ------------------------------------------------------------------------------------

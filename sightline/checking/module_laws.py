@@ -1,6 +1,7 @@
 """The laws of self-attention in a module: its own maps with numbers that we draw, then those of attention."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.checking.attention_mistakes import CAUSAL, MASKS, NOT_CAUSAL, SCORES
+from sightline.checking.attention_mistakes import CAUSAL, MASKS, NOT_CAUSAL, OVERFLOW, SCORES
 from sightline.checking.definitions import Maps, Steps, causal, multi_head
 from sightline.checking.discovery import PATTERNS
 from sightline.checking.findings import Example, Finding, changes, hold, number, rows
@@ -70,10 +71,17 @@ class Module:
         return next((name for name, steps in PATTERNS.items() if steps.pattern is self.steps.pattern), "full")
 
     def call(
-        self, x: Tensor, *, doing: str, mask: Tensor | None = None, cotangent: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        doing: str,
+        mask: Tensor | None = None,
+        cotangent: Tensor | None = None,
+        bfloat16: bool = False,
     ) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
         """The output (batch tokens d_out), and all that was told. Raises: CheckError."""
         dtype = torch.float32 if self.library == "torch" else torch.float64
+        dtype = torch.bfloat16 if bfloat16 else dtype
         tensors = {"x": self.layout.give(x).contiguous().to(dtype)}
         named: dict[str, Any] = {}
         if mask is None and self.mask_required:
@@ -91,6 +99,7 @@ class Module:
             named=named,
             library=self.library,
             gradients=cotangent is not None,
+            bfloat16=bfloat16,
         )
         output = found["result.0"].double()
         return (self.layout.take(output) if output.ndim == self.layout.give(x).ndim else output), told, found
@@ -290,6 +299,27 @@ def _mask(module: Module) -> Finding | None:
     return Finding(law=law, status="fail", said=f"none of the masks that were tried does what it says. {told}".strip())
 
 
+def _scored(module: Module, largest: float) -> Tensor:
+    """Its input times a power of two, so that the largest score is about this."""
+    _, scores = multi_head(module.x, None, module.maps, module.steps.wrong(softmax=lambda scores: scores))
+    size = scores[scores.isfinite()].abs().max().item()
+    return module.x * 2.0 ** round(math.log2(largest / size) / 2)
+
+
+def _large(module: Module) -> Finding:
+    law = "large scores"
+    if not module.holds:
+        return Finding(law=law, status="skip", said="not tried: the definition does not hold")
+    x = _scored(module, 4096)
+    output, _, _ = module.call(x, doing="scores were in the thousands")
+    if not output.isfinite().all():
+        return Finding(law=law, status="fail", said="NaN or infinite for scores in the thousands", mistakes=(OVERFLOW,))
+    error = difference(output, module.result(module.steps, x=x))
+    if error > 0.02:
+        return Finding(law=law, status="fail", said=f"largest difference {number(error)} for scores in the thousands")
+    return Finding(law=law, status="ok", said="scores in the thousands give no NaN")
+
+
 def _inputs(module: Module) -> Finding:
     _, told, _ = module.call(module.x, doing="it was called")
     if told["changed"]:
@@ -302,6 +332,29 @@ def _repeats(module: Module) -> Finding:
     if not torch.equal(one.nan_to_num(), other.nan_to_num()):
         return Finding(law="twice the same", status="fail", said="the same call gave two results, dropout off")
     return Finding(law="twice the same", status="ok", said="bit for bit")
+
+
+def _bfloat16(module: Module) -> Finding | None:
+    if module.library != "torch" or not module.holds:
+        return None
+    law, low = "bfloat16", torch.bfloat16
+    x = _scored(module, 4).to(low)
+    try:
+        output, _, found = module.call(x, doing="it and its input were bfloat16", bfloat16=True)
+    except Raised as error:
+        return Finding(law=law, status="note", said=f"not taken: {error}")
+    weights = {role: weight.to(low) for role, weight in module.maps.weights.items()}
+    biases = {role: bias.to(low) for role, bias in module.maps.biases.items()}
+    plain, _ = multi_head(x, None, replace(module.maps, weights=weights, biases=biases), module.steps)
+    weights = {role: weight.double() for role, weight in weights.items()}
+    biases = {role: bias.double() for role, bias in biases.items()}
+    exact, _ = multi_head(x.double(), None, replace(module.maps, weights=weights, biases=biases), module.steps)
+    error, usual = difference(output, exact), difference(plain.double(), exact)
+    said = f"error {number(error)}, the definition's own {number(usual)}"
+    if found["result.0"].dtype != low:
+        return Finding(law=law, status="note", said=f"{said}; it gives {found['result.0'].dtype} for bfloat16")
+    # Each of seven roundings to eight bits, at the size of the largest number.
+    return Finding(law=law, status="ok" if error <= max(4 * usual, 7 * 2**-8) else "fail", said=said)
 
 
 def _gradients(module: Module) -> Finding | None:
@@ -334,7 +387,9 @@ LAWS: dict[str, Callable[[Module], Finding | None]] = {
     "order of tokens": _permutation,
     "causality": _causal,
     "mask": _mask,
+    "large scores": _large,
     "inputs": _inputs,
     "twice the same": _repeats,
+    "bfloat16": _bfloat16,
     "gradients": _gradients,
 }

@@ -5,6 +5,7 @@ raises is an answer like any other.
 """
 
 import ast
+import copy
 import faulthandler
 import importlib.util
 import inspect
@@ -141,9 +142,14 @@ class Worker:
         named: dict[str, Any],
         library: str,
         gradients: bool = False,
+        bfloat16: bool = False,
     ) -> Answer:
-        """Call it. An argument is ["tensor", name] or ["value", anything]; numpy's results come back as tensors."""
-        result, given, parameters = self._run(tensors, arguments, named, library, gradients)
+        """Call it. An argument is ["tensor", name] or ["value", anything]; numpy's results come back as tensors.
+
+        `bfloat16`: a copy of a module in it.
+        """
+        subject = _lowered(self._subject) if bfloat16 else self._subject
+        result, given, parameters = self._run(subject, tensors, arguments, named, library, gradients)
         results = _results(result)
         answer = {f"result.{i}": tensor for i, tensor in enumerate(results)}
         changed = [name for name, one in given.items() if not _equal(torch.as_tensor(one), tensors[name])]
@@ -158,7 +164,13 @@ class Worker:
         return told, answer
 
     def _run(
-        self, tensors: dict[str, Tensor], arguments: list[Any], named: dict[str, Any], library: str, gradients: bool
+        self,
+        subject: Any,
+        tensors: dict[str, Tensor],
+        arguments: list[Any],
+        named: dict[str, Any],
+        library: str,
+        gradients: bool,
     ) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
         wanted = [spec[1] for spec in (*arguments, *named.values()) if spec[0] == "tensor"]
         given: dict[str, Any] = {name: tensors[name].clone() for name in wanted}
@@ -173,7 +185,7 @@ class Worker:
             return given[spec[1]] if spec[0] == "tensor" else spec[1]
 
         with torch.set_grad_enabled(gradients):
-            result = self._subject(*map(value, arguments), **{name: value(spec) for name, spec in named.items()})
+            result = subject(*map(value, arguments), **{name: value(spec) for name, spec in named.items()})
         return result, given, {name: weight for name, weight in parameters.items() if weight.requires_grad}
 
     def _weights(self) -> dict[str, Any]:
@@ -206,7 +218,7 @@ class Worker:
         """
         query, key, value = (tensors[f"reference.{name}"] for name in ("query", "key", "value"))
         sides: dict[str, Callable[[], object]] = {
-            "theirs": lambda: self._run(tensors, arguments, named, library, False)[0],
+            "theirs": lambda: self._run(self._subject, tensors, arguments, named, library, False)[0],
             "reference": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal),
         }
         begin = time.perf_counter()
@@ -284,6 +296,17 @@ def _libraries(values: Iterable[Any]) -> set[str]:
 def _is_object(subject: Any) -> bool:
     """Neither a class nor a function: something that holds state."""
     return not isinstance(subject, type) and hasattr(subject, "__dict__") and not inspect.isroutine(subject)
+
+
+def _lowered(subject: Any) -> Any:
+    """A module, or another object that holds tensors, in bfloat16."""
+    lowered = copy.deepcopy(subject)
+    if isinstance(lowered, nn.Module):
+        return lowered.bfloat16()
+    for name, value in vars(lowered).items():
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:
+            setattr(lowered, name, value.bfloat16())
+    return lowered
 
 
 def _is_array(value: Any) -> bool:
