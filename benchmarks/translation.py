@@ -1,24 +1,27 @@
 """The encoder-decoder beside torch.nn.Transformer: a step of training, decoding with the cache, the embedded job.
 
-    python benchmarks/translation.py [--row training|decoding|job]
+python benchmarks/translation.py [--row training decoding job] [--rounds 9] [--save]
 
-Whole: about six minutes on two idle cores, of which the job is three.
+Whole: about five minutes on two idle cores, of which the job is three.
 """
 
-import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from measure import Report, arguments
+from torch import Tensor, nn
 
 import sightline as sl
+from sightline.bench import interleaved
 
 SHAPE = {"d_model": 256, "num_layers": 3, "num_heads": 8, "context": 512}
-VOCABULARY, BATCH, TOKENS, ROUNDS = 8000, 16, 48, 7
+VOCABULARY, BATCH, TOKENS = 8000, 16, 48
+SOURCE, STEPS, BEAMS = 64, 256, 4
+MINUTES = 2.8
+"""Of training; reading, the vocabulary and the last checkpoint are within three minutes with it."""
 
 
 class Peer(nn.Module):
@@ -33,7 +36,7 @@ class Peer(nn.Module):
             width, SHAPE["num_heads"], layers, layers, 4 * width, dropout=0.1, batch_first=True
         )
 
-    def loss(self, source, source_lengths, target, target_lengths):
+    def loss(self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor) -> Tensor:
         hidden = torch.arange(source.shape[1]) >= source_lengths[:, None]
         inputs = target[:, :-1]
         features = self.transformer(
@@ -49,75 +52,89 @@ class Peer(nn.Module):
         return F.cross_entropy(logits[real], target[:, 1:][real], label_smoothing=0.1)
 
 
-def training() -> None:
+def training(report: Report, rounds: int) -> None:
     torch.manual_seed(0)
     lengths = torch.randint(TOKENS // 2, TOKENS + 1, (2, BATCH))
     source, target = torch.randint(VOCABULARY, (2, BATCH, TOKENS)).unbind()
     batch = (source, lengths[0], target, lengths[1])
     ours = sl.EncoderDecoder(sl.EncoderDecoderConfig.classic(vocabulary=VOCABULARY, **SHAPE)).train()
     peer = Peer().train()
-    losses = {"ours": lambda: ours.loss(*batch, smoothing=0.1), "torch.nn.Transformer": lambda: peer.loss(*batch)}
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), fused=True)
-        for name, model in (("ours", ours), ("torch.nn.Transformer", peer))
-    }
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: torch.dtype, **options: float) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+            loss = model.loss(*batch, **options)  # pyright: ignore[reportCallIssue] (both have it)
+        loss.backward()
+        optimizer.step()
+
+    moved = {model: torch.optim.AdamW(model.parameters(), fused=True) for model in (ours, peer)}
+    report.say(
+        f"\nTraining: 3 + 3 layers, 256 wide, 8 heads, dropout 0.1, {VOCABULARY:,} tokens of vocabulary, {BATCH} pairs "
+        f"of {TOKENS // 2} to {TOKENS} tokens; milliseconds a step, AdamW for both."
+    )
+    report.table("precision", "ours", "torch.nn.Transformer", "times its speed")
     for precision in (torch.float32, torch.bfloat16):
-        times: dict[str, list[float]] = {name: [] for name in losses}
-        for number in range(ROUNDS + 1):
-            for name, loss in losses.items():
-                began = time.perf_counter()
-                optimizers[name].zero_grad()
-                with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
-                    value = loss()
-                value.backward()
-                optimizers[name].step()
-                if number:
-                    times[name].append(time.perf_counter() - began)
-        mine, theirs = (statistics.median(times[name]) for name in losses)
-        print(f"training, {precision}: {mine * 1e3:.0f} ms a step, torch.nn.Transformer {theirs * 1e3:.0f} ms, "
-              f"{theirs / mine:.2f} times its speed", flush=True)  # fmt: skip
+        times = interleaved(
+            {
+                "ours": lambda precision=precision: step(ours, moved[ours], precision, smoothing=0.1),
+                "peer": lambda precision=precision: step(peer, moved[peer], precision),
+            },
+            rounds=rounds,
+        )
+        name = str(precision).removeprefix("torch.")
+        cells = (f"{times[side] * 1e3:.0f}" for side in ("ours", "peer"))
+        report.row(name, *cells, f"{times['peer'] / times['ours']:.2f}")
 
 
-def decoding() -> None:
+@torch.no_grad()
+def decoding(report: Report, rounds: int) -> None:
     torch.manual_seed(0)
     model = sl.EncoderDecoder(sl.EncoderDecoderConfig.classic(vocabulary=VOCABULARY, **SHAPE)).eval()
-    source, steps, beams = torch.randint(1, VOCABULARY, (1, 64)), 256, 4
-    with torch.no_grad():
-        memory = model.encode(source)
-        began = time.perf_counter()
-        cache, newest = model.new_cache(1, 64, beams=beams), torch.zeros(beams, 1, dtype=torch.int64)
-        for _ in range(steps):
+    memory = model.encode(torch.randint(1, VOCABULARY, (1, SOURCE)))
+    order, begin = torch.tensor([0, 0, 1, 2]), torch.zeros(BEAMS, 1, dtype=torch.int64)
+
+    def cached() -> None:
+        cache, newest = model.new_cache(1, SOURCE, beams=BEAMS), begin
+        for _ in range(STEPS):
             logits = F.linear(model.decode(newest, memory, cache=cache)[:, -1], model.head_weight)
-            cache.own.reorder(torch.tensor([0, 0, 1, 2]))
+            cache.own.reorder(order)
             newest = logits.argmax(-1, keepdim=True)
-        cached = time.perf_counter() - began
-        began = time.perf_counter()
-        targets, whole = torch.zeros(beams, 1, dtype=torch.int64), memory.expand(beams, -1, -1)
-        for _ in range(steps):
+
+    def again() -> None:
+        targets, whole = begin, memory.expand(BEAMS, -1, -1)
+        for _ in range(STEPS):
             logits = F.linear(model.decode(targets, whole)[:, -1], model.head_weight)
-            targets = torch.cat((targets[[0, 0, 1, 2]], logits.argmax(-1, keepdim=True)), 1)
-        again = time.perf_counter() - began
-    print(f"decoding {steps} tokens, {beams} beams: {cached:.2f} s with the cache, {again:.2f} s re-running it, "
-          f"{again / cached:.1f} times faster", flush=True)  # fmt: skip
+            targets = torch.cat((targets[order], logits.argmax(-1, keepdim=True)), 1)
+
+    times = interleaved({"ours": cached, "peer": again}, rounds=min(rounds, 3))
+    report.say(f"\nDecoding {STEPS} tokens with {BEAMS} beams from a source of {SOURCE}, the same model; seconds.")
+    report.table("with the cache", "running the decoder again", "times as fast")
+    report.row(f"{times['ours']:.2f}", f"{times['peer']:.2f}", f"{times['peer'] / times['ours']:.1f}")
 
 
-def job() -> None:
+def job(report: Report, rounds: int) -> None:
+    """Once: it is what a user does, and its time is given."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        result = sl.train_pairs("numerals", Path(folder) / "job", config=sl.TrainConfig(minutes=2.8))
+        result = sl.train_pairs("numerals", Path(folder) / "job", config=sl.TrainConfig(minutes=MINUTES))
         seconds = time.perf_counter() - began
         score = sl.score_pairs(sl.load(Path(folder) / "job"), sl.open_pairs("numerals").valid)
-    print(f"numbers and dates: {score}, after {result.steps:,} steps in {seconds:.0f} s in all", flush=True)
+    report.say("\nThe embedded job, `sightline train numerals --task translate`, defaults; beam search with 4 beams.")
+    report.table("seconds in all", "steps", "exact", "token accuracy", "held-out pairs")
+    cells = (f"{score.exact:.2%}", f"{score.accuracy:.2%}", f"{score.pairs:,}")
+    report.row(f"{seconds:.0f}", f"{result.steps:,}", *cells)
 
 
 def main() -> None:
     rows = {"training": training, "decoding": decoding, "job": job}
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--row", choices=rows)
-    chosen = parser.parse_args().row
-    for name, row in rows.items():
-        if chosen in (None, name):
-            row()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--row", nargs="+", choices=rows, default=list(rows), help="some parts alone")
+    options = parser.parse_args()
+    report = Report("The encoder-decoder")
+    for name in options.row:
+        rows[name](report, options.rounds)
+    if options.save:
+        report.write("-".join(["translation", *(options.row if options.row != list(rows) else ())]))
 
 
 if __name__ == "__main__":

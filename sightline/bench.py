@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from sightline.attention import attention, observe
 from sightline.masks import Causal
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
@@ -53,6 +57,17 @@ def timings(lengths: tuple[int, ...] = (512, 1024, 2048, 4096), *, rounds: int =
                 sides["eager"] = lambda q=q, k=k, v=v: eager(q, k, v)
             times = interleaved(sides, rounds=rounds)
             yield Timing(length=length, eager=times.pop("eager", None), **times)
+
+
+def table() -> "Table":
+    """What `sightline bench` shows, in milliseconds."""
+    from rich.table import Table
+
+    shown = Table("tokens", "PyTorch SDPA", "attention", "observe", "eager with the same facts", box=None)
+    for timing in timings():
+        cells = (timing.sdpa, timing.attention, timing.observe, timing.eager)
+        shown.add_row(f"{timing.length:,}", *("too large" if s is None else f"{s * 1e3:.1f}" for s in cells))
+    return shown
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

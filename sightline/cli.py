@@ -180,12 +180,11 @@ def evaluate(
     """Score a model on text: loss, perplexity, bits per byte."""
     from sightline.batches import tokenize
     from sightline.evaluation import evaluate
+    from sightline.pairs import open_pairs
+    from sightline.translation import score_pairs
 
     decoder = _load(model, Decoder, EncoderDecoder)
     if isinstance(decoder, EncoderDecoder):
-        from sightline.pairs import open_pairs
-        from sightline.translation import score_pairs
-
         parallel = open_pairs(source)
         print(f"{parallel.name}, {split}: {score_pairs(decoder, parallel.split(split), name=parallel.name)}")
         return
@@ -238,6 +237,7 @@ def translate(
 def look(
     model: Annotated[Path | None, arg(help=MODEL)] = None,
     text: Annotated[str | None, arg(help=f"What to look at the beginning of. {SOURCE}")] = None,
+    target: Annotated[str | None, arg(help="Of the line --text, where --model translates. None: it writes it.")] = None,
     capture: Annotated[Path | None, arg(help="What --save wrote, instead of a model and a text.")] = None,
     tokens: Annotated[int | None, arg(help="How many tokens. None: as many as the model's context holds.")] = None,
     layers: Annotated[tuple[int, ...] | None, arg(help="Which layers. None: all.")] = None,
@@ -260,17 +260,15 @@ def look(
         raise ValueError("--out writes a page and serves none: drop --port and --no-open, or --out")
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"cannot write {out}: there is no folder {out.parent}; give another --out")
-    if heads is not None:
-        parse_heads(heads)  # before the work
+    chosen = None if heads is None else parse_heads(heads)  # before the work
     if capture is None:
-        options = {"tokens": tokens, "layers": layers, "write": write, "live": out is None}
-        stages = _stages(model, text, compare, errors, folder=save, **options)
-    elif any((model, text, tokens, layers, write, compare, save)):
+        options = {"tokens": tokens, "layers": layers, "write": write, "folder": save, "live": out is None}
+        stages = _stages(model, text, target, compare, errors, **options)
+    elif any((model, text, target, tokens, layers, write, compare, save)):
         raise ValueError("--capture is a capture already: of the others only --heads, --out, --port and --no-open go")
     else:
         stages = iter([({str(capture): load_capture(capture)}, None)])
-    if heads is not None:
-        chosen = parse_heads(heads)
+    if chosen is not None:
         stages = (({name: seen.select(chosen) for name, seen in captures.items()}, goal) for captures, goal in stages)
     if out is None:
         follow(stages, port=PORT if port is None else port, open_browser=not no_open and has_screen())
@@ -280,38 +278,39 @@ def look(
 
 
 def _stages(
-    model: Path | None, text: str | None, compare: Path | None, errors: Errors, *, folder: Path | None, **options: Any
+    model: Path | None, text: str | None, target: str | None, compare: Path | None, errors: Errors, **options: Any
 ) -> Iterator[tuple[dict[str, Capture], int | None]]:
-    """What the models see, by their names."""
+    """What the models see, by their names; of a translation what each part sees, by its name."""
     from sightline.huggingface.folders import Foreign, is_foreign
-    from sightline.looking import stages
+    from sightline.looking import stages, translation
 
     if model is None or text is None:
         raise ValueError("look needs --model and --text, or the --capture that it saved before")
-    if compare is not None and folder is not None:
+    if compare is not None and options["folder"] is not None:
         raise ValueError("--save saves one capture: save each model's on its own, without --compare")
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
-    if compare is None and is_foreign(model):
-        return Foreign(model).stages(str(model), _open(text, errors), tell=note, folder=folder, **options)
-    models = {str(one): _load(one, Decoder) for one in (model, compare) if one is not None}
-    return stages(models, _open(text, errors), tell=note, folder=folder, **options)
+    if compare is None and target is None and is_foreign(model):
+        return Foreign(model).stages(str(model), _open(text, errors), tell=note, **options)
+    first = _load(model, Decoder, EncoderDecoder)
+    if isinstance(first, EncoderDecoder):
+        if compare or options["folder"] or options["tokens"] or errors != "strict":
+            raise ValueError("a translation is looked at alone and whole: drop --compare, --save, --tokens, --errors")
+        return translation(first, text, target=target, tell=note, layers=options["layers"], write=options["write"])
+    if target is not None:
+        raise ValueError(f"--target is of a translation, and {model} holds a decoder, which reads --text alone")
+    models = {str(model): first, **({str(compare): _load(compare, Decoder)} if compare else {})}
+    return stages(models, _open(text, errors), tell=note, **options)
 
 
 def bench() -> None:
     """Time attention and observe beside PyTorch on this machine."""
     from rich.console import Console
-    from rich.table import Table
 
-    from sightline.bench import timings
+    from sightline.bench import table
 
-    console = Console(highlight=False)
     print("Batch 1, 8 heads, width 64, causal, float32; medians in milliseconds; observe keeps every fact.")
-    table = Table("tokens", "PyTorch SDPA", "attention", "observe", "eager with the same facts", box=None)
-    for timing in timings():
-        cells = (timing.sdpa, timing.attention, timing.observe, timing.eager)
-        table.add_row(f"{timing.length:,}", *("too large" if s is None else f"{s * 1e3:.1f}" for s in cells))
-    console.print(table)
+    Console(highlight=False).print(table())
 
 
 def doctor() -> None:
@@ -377,10 +376,8 @@ def _usage() -> str:
 def _load(folder: Path, *kinds: type) -> Any:
     model = load(folder)
     if not isinstance(model, kinds):
-        kind, other = (
-            ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
-        )
-        raise ValueError(f"{folder} holds {kind}, which this command does not take: try sightline {other}")
+        words = ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
+        raise ValueError(f"{folder} holds {words[0]}, which this command does not take: try sightline {words[1]}")
     if model.tokenizer is None:
         raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text; save it with model.tokenizer set")
     return model

@@ -11,12 +11,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sightline.beams import DecodeConfig, find_targets
 from sightline.captures import Capture
 from sightline.corpora import Corpus
+from sightline.encoder_decoder import EncoderDecoder
 from sightline.generation import SampleConfig, sample_tokens
 from sightline.inspection import capture, read, watched
 from sightline.memory import peak_bytes
 from sightline.models import Decoder
+from sightline.pairs import line_end, pad, source_ids
 from sightline.tokenizers import Tokenizer
 
 PACE = 0.5
@@ -142,6 +145,41 @@ def stages(
         yield {name: one.capture for name, one in zip(models, seen, strict=True)}, goal
 
 
+def translation(
+    model: EncoderDecoder,
+    text: str,
+    *,
+    target: str | None = None,
+    layers: Sequence[int] | None = None,
+    write: int = 0,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[dict[str, Capture], None]]:
+    """The one thing to be shown of a source and its target: what the target saw of the source, and each of itself.
+
+    Without a target the model writes one, found by beam search, of at most `write` tokens (0: as many as it takes).
+    `tell` hears the notes.
+
+    Raises: ValueError for a model without tokenizer, a source as `source_ids` refuses it, `write` beside a target, or
+    as `capture`.
+    """
+    if target is not None and write:
+        raise ValueError("--target is what --write would let the model write: drop one of the two")
+    tokenizer, start = _tokenizer(model), time.perf_counter()
+    source, end = source_ids(text, 1, tokenizer, context=model.config.context), line_end(tokenizer)
+    if target is None:
+        device = model.head_weight.device
+        read, lengths = (part.to(device) for part in pad([source]))
+        (found,) = find_targets(model, read, lengths, end, DecodeConfig(tokens=write or None))
+        seen = capture(model, source, [end, *found], layers=layers, prompt=1)
+        said = f"the model wrote {tokenizer.decode(found)!r}"
+    else:
+        seen = capture(model, source, target, layers=layers)
+        said = "the target was given"
+    counts = " and ".join(f"{len(seen[part].tokens):,}" for part in ("encoder", "decoder"))
+    tell(f"captured {counts} tokens of source and target in {time.perf_counter() - start:.1f} s; {said}")
+    yield seen, None
+
+
 def _room(models: Sequence[Decoder], tokens: int | None, write: int) -> int:
     """How many tokens of the text are read."""
     context = min(model.config.context for model in models)
@@ -176,7 +214,7 @@ def beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
     return [*tokenizer.start, *ids][:most]
 
 
-def _tokenizer(model: Decoder) -> Tokenizer:
+def _tokenizer(model: Decoder | EncoderDecoder) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError("look: this model has no tokenizer to read text with; set model.tokenizer")
     return model.tokenizer

@@ -189,7 +189,7 @@ def _check_disjoint(folder: Path, train: list[Pair], valid: list[Pair]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenPairs:
-    """The ids of pairs, in memory: each source, and its target between two ends of line.
+    """The ids of pairs, in memory: each source with its end of line, and its target between two ends of line.
 
     >>> pairs = TokenPairs(ids=np.array([5, 6, 0, 7, 0]), ends=np.array([2, 5]), num_bytes=2, num_unknown=0)
     >>> pairs.padded(np.array([0])).target
@@ -265,6 +265,25 @@ def line_end(tokenizer: Tokenizer) -> int:
     return ids[0]
 
 
+def source_ids(text: str, line: int, tokenizer: Tokenizer, *, context: int) -> list[int]:
+    """The ids of one text to be translated, with the end of its line; `line` is the number that errors call it by.
+
+    Raises: ValueError for a text that is empty, has a line break or words that the vocabulary lacks, or is longer than
+    the context.
+    """
+    if not text.strip() or "\n" in text:
+        what = "it has a line break" if text.strip() else "it is empty"
+        raise ValueError(f"expected one line of text to translate, but of line {line} {what}")
+    lacking = tokenizer.unknown_words(text)
+    if lacking:
+        named = ", ".join(map(repr, lacking[:5])) + (f", ... ({len(lacking)} in all)" if len(lacking) > 5 else "")
+        raise ValueError(f"line {line} has {tokenizer.kind} that the model's vocabulary lacks: {named}")
+    ids = [*tokenizer.encode(text), line_end(tokenizer)]
+    if len(ids) > context:
+        raise ValueError(f"line {line} has {len(ids)} tokens, more than the model's context of {context}: shorten it")
+    return ids
+
+
 def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, *, context: int | None, name: str) -> TokenPairs:
     """The tokens of pairs; `context` None lets them have any length.
 
@@ -273,7 +292,8 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, *, context: int | 
     end, unknown = line_end(tokenizer), 0
     ids, ends = array("i"), array("q")
     for pair in pairs:
-        source, target = tokenizer.encode(pair.source), [end, *tokenizer.encode(pair.target), end]
+        source = [*tokenizer.encode(pair.source), end]
+        target = [end, *tokenizer.encode(pair.target), end]
         for side, count in (("source", len(source)), ("target", len(target) - 1)):
             if context is not None and count > context:
                 raise ValueError(

@@ -32,6 +32,7 @@ from sightline.pairs import (
     line_end,
     open_pairs,
     pad,
+    source_ids,
 )
 from sightline.runs import RunFolder
 from sightline.schedule import TrainConfig, autocast, choose_device
@@ -241,7 +242,7 @@ def translate(
     tokenizer = _tokenizer(model)
     end, context = line_end(tokenizer), model.config.context
     numbers = range(1, len(texts) + 1) if lines is None else lines
-    sources = [_source(tokenizer, text, number, context) for text, number in zip(texts, numbers, strict=True)]
+    sources = [source_ids(*one, tokenizer, context=context) for one in zip(texts, numbers, strict=True)]
     device = next(model.parameters()).device
     found = [""] * len(texts)
     for chosen in _side_by_side([len(ids) for ids in sources], config.beam):
@@ -250,20 +251,6 @@ def translate(
         for i, ids in zip(chosen, targets, strict=True):
             found[i] = tokenizer.decode(ids)
     return found
-
-
-def _source(tokenizer: Tokenizer, text: str, number: int, context: int) -> list[int]:
-    if not text.strip() or "\n" in text:
-        what = "it has a line break" if text.strip() else "it is empty"
-        raise ValueError(f"expected one line of text to translate, but of line {number} {what}")
-    lacking = tokenizer.unknown_words(text)
-    if lacking:
-        named = ", ".join(map(repr, lacking[:5])) + (f", ... ({len(lacking)} in all)" if len(lacking) > 5 else "")
-        raise ValueError(f"line {number} has {tokenizer.kind} that the model's vocabulary lacks: {named}")
-    ids = tokenizer.encode(text)
-    if len(ids) > context:
-        raise ValueError(f"line {number} has {len(ids)} tokens, more than the model's context of {context}: shorten it")
-    return ids
 
 
 def _side_by_side(lengths: Sequence[int], beams: int) -> list[list[int]]:

@@ -43,7 +43,7 @@ ROWS = [
     {"trainer", "runs", "curves"},
     {"optimizers", "recipes", "logs"},
     {"viewer.server", "events"},
-    {"beams", "pairs", "viewer.editions"},
+    {"beams", "viewer.editions"},
     {"evaluation", "generation", "viewer.page", "viewer.plots"},
     {"distributed"},
     {"viewer.manifest"},
@@ -65,7 +65,7 @@ ROWS = [
     {"attention", "huggingface.recipes"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
-    {"encoding"},
+    {"encoding", "pairs"},
     {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory", "interrupts"},
     {"downloads", "numerals"},
 ]

@@ -754,6 +754,7 @@ def test_look_at_what_is_not_there(trained, words, text, tmp_path, refused):
     refused(*same, "--port", 80, says=("--out writes a page and serves none",))
     refused(*same, "--save", tmp_path / "x", "--compare", words, says=("--save saves one capture",))
     refused(*same, "--compare", trained, says=("--compare takes another model, and this is --model's",))
+    refused(*same, "--target", "a", says=("--target is of a translation",))
     refused("look", "--text", text, says=("needs --model and --text, or the --capture",))
     refused("look", "--model", trained, says=("needs --model and --text, or the --capture",))
     refused("look", "--capture", trained, says=("holds no capture.json",))

@@ -1,10 +1,12 @@
 """Captures against the definition in float64, on small models of every kind of mask and position."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
+from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.inspection import Capture, capture
 from sightline.layers import MultiHeadAttention
 from sightline.masks import Allowed, Bias, Causal, Mask, Padding, Window
@@ -257,3 +259,109 @@ def test_unknown_words_are_named():
     assert capture(model, tokenizer.encode("the zebra")).tokens == ("the", "<unk>")
     with pytest.raises(ValueError, match="no token"):
         capture(model, "")
+
+
+# --- A source and a target ----------------------------------------------------------------------------
+
+
+def translator(make=EncoderDecoderConfig.modern, **changes) -> EncoderDecoder:
+    torch.manual_seed(0)
+    shape = {"vocabulary": 20, "context": 24, "d_model": 32, "num_layers": 2, "num_heads": 4}
+    model = EncoderDecoder(make(**(shape | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query.weight" in name or "key.weight" in name:
+                parameter.mul_(3)  # so that the weights differ
+    return model
+
+
+def weights_of(model: EncoderDecoder, source: torch.Tensor, target: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """The weights of each layer of each part, written out in float64 from what the layer was given."""
+    found: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": [], "cross": []}
+
+    def definition(part, query, key, value, mask, *, scale, softcap, sinks):
+        query, key, value = query.double(), key.double(), value.double()
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        distance = torch.arange(query.shape[-2])[:, None] - torch.arange(key.shape[-2])
+        if mask is not None and mask.slopes is not None:
+            scores = scores - mask.slopes[:, None, None] * distance.abs()
+        weights = (scores.masked_fill(distance < 0, -torch.inf) if part == "decoder" else scores).softmax(-1)
+        found[part].append(weights[0])
+        return (weights @ value).float()
+
+    modules = [("encoder", block.attention) for block in model.encoder.blocks]
+    modules += [(part, getattr(block, name)) for block in model.blocks for part, name in PARTS.items()]
+    for part, module in modules:
+        module.observer = partial(definition, part)
+    with torch.no_grad():
+        model.eval()(source[None], target[None])
+    for _, module in modules:
+        module.observer = None
+    return found
+
+
+PARTS = {"decoder": "attention", "cross": "cross_attention"}
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (EncoderDecoderConfig.modern, {}),
+        (EncoderDecoderConfig.classic, {}),
+        (EncoderDecoderConfig.modern, {"positions": "alibi", "decoder_layers": 1, "tied": False}),
+    ],
+    ids=["modern", "classic", "alibi"],
+)
+def test_all_three_kinds_of_weights_are_those_of_the_definition(make, changes):
+    model, source, target = translator(make, **changes), tokens(11), tokens(7)
+    seen = capture(model, source, target, top=3)
+    exact = weights_of(model, source, target)
+    assert list(seen) == ["cross", "encoder", "decoder"]
+    for part, one in seen.items():
+        assert len(one.layers) == len(exact[part]) == (1 if changes and part != "encoder" else 2)
+        for layer, weights in enumerate(exact[part]):
+            for head in range(4):
+                torch.testing.assert_close(one.weights(layer, head).double(), weights[head], atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(one.top_weights[layer].double(), weights.topk(3).values, atol=2e-6, rtol=1e-4)
+    assert seen["cross"].weights(0, 0).shape == (7, 11) and not seen["cross"].same_text
+    assert seen["encoder"].same_text and seen["decoder"].same_text
+
+
+def test_a_source_and_a_target_are_seen_token_by_token():
+    model = translator()
+    model.tokenizer = Tokenizer.train("words", ["le chat est assis\n the cat sits\n"])
+    model.train()
+    seen = capture(model, "le chat assis", "the cat", layers=[1], prompt=1)
+    assert seen["cross"].key_tokens == seen["encoder"].tokens == ("le", "chat", "assis", "\n")
+    assert seen["cross"].query_tokens == seen["decoder"].tokens == ("\n", "the", "cat")
+    assert seen["cross"].ids == seen["encoder"].ids == tuple(model.tokenizer.encode("le chat assis\n"))
+    assert [one.prompt for one in seen.values()] == [None, None, 1]
+    assert {one.layers for one in seen.values()} == {(1,)} and model.training
+    assert {one.model for one in seen.values()} == {"EncoderDecoder, 2 + 2 x 4 heads, d_model 32"}
+    given = capture(model, "le chat assis", model.tokenizer.encode("\nthe cat"), layers=[1])
+    assert given["cross"].query_tokens == seen["cross"].query_tokens
+
+
+def test_a_bad_source_or_target_gets_one_clear_line(tmp_path):
+    model, spoken, known = translator(), translator(decoder_layers=1), translator()
+    spoken.tokenizer = Tokenizer.train("characters", ["the cat sat"])  # no line ends here
+    known.tokenizer = Tokenizer.train("words", ["the cat sat\n"])
+    for call, message in [
+        (lambda: capture(model, [1, 2]), "the target is missing"),
+        (lambda: capture(model, [1, 2], [0], folder=tmp_path / "seen"), "use save_capture for each"),
+        (lambda: capture(model, [1, 2], []), "holds no token"),
+        (lambda: capture(model, [], [0]), "holds no token"),
+        (lambda: capture(model, [1, 2], [0, 20]), "token ids are 0 to 19, got 20"),
+        (lambda: capture(model, [1, 2], [0] * 25), "beyond the model's context of 24"),
+        (lambda: capture(model, [1, 2], "the"), "no tokenizer"),
+        (lambda: capture(model, [1, 2], [0], prompt=2), "prompt must be from 0 to the 1 tokens"),
+        (lambda: capture(model, [1, 2], [0], layers=[2]), "layers are 0 to 1, got 2"),
+        (lambda: capture(spoken, [1, 2], [0], layers=[1]), "layers are 0 to 0, got 1"),
+        (lambda: capture(spoken, "the cat", "sat"), "one token for the end of a line"),
+        (lambda: capture(known, "the cat", "the dog"), "not in the vocabulary: 'dog'"),
+        (lambda: capture(known, "", "the"), "holds no token"),
+        (lambda: capture(small(), [1, 2], [3]), "a decoder reads one text"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)

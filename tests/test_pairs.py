@@ -106,12 +106,12 @@ def test_pairs_become_ids_between_line_ends():
     found = encode_pairs(pairs, TOKENIZER, context=4, name="text")
     source, lengths, target, target_lengths = found.padded(np.array([1, 0]))
     end = line_end(TOKENIZER)
-    assert TOKENIZER.decode(source[1].tolist()) == "a b" and lengths.tolist() == [1, 2]
+    assert TOKENIZER.decode(source[1].tolist()) == "a b\n" and lengths.tolist() == [2, 3]
     assert target[1].tolist() == [end, *TOKENIZER.encode("x"), end, 0, 0] and target_lengths.tolist() == [5, 3]
     assert (found.num_unknown, found.num_predicted, found.num_bytes) == (1, 2 + 4 + 2, 2 + 6 + 4)
     with pytest.raises(ValueError, match=r"the target in line 2 of text has 4 tokens, more than the context of 3"):
         encode_pairs(pairs, TOKENIZER, context=3, name="text")
-    with pytest.raises(ValueError, match=r"the source in line 9 of text has 4 tokens"):
+    with pytest.raises(ValueError, match=r"the source in line 9 of text has 5 tokens"):
         encode_pairs([Pair("a b c d", "x", 9)], TOKENIZER, context=3, name="text")
     with pytest.raises(ValueError, match="one token for the end of a line"):
         line_end(Tokenizer.train("characters", ["abc"]))

@@ -1,6 +1,8 @@
 """Translation from text to text: it learns, goes on bit for bit, scores by definition, and names what is wrong."""
 
+import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ from sightline.beams import DecodeConfig
 from sightline.checkpoints import load, save
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.loop import Interrupted
-from sightline.pairs import Pair, open_pairs
+from sightline.pairs import Pair, line_end, open_pairs, source_ids
 from sightline.schedule import TrainConfig
 from sightline.translation import score_pairs, train_pairs, translate
 
@@ -101,7 +103,7 @@ def test_scores_are_what_they_are_called(tsv, trained):
     for pair in pairs:
         target = torch.tensor([[1, *model.tokenizer.encode(pair.target), 1]])  # <eos> is token 1 of words
         with torch.no_grad():
-            logits = model(torch.tensor([model.tokenizer.encode(pair.source)]), target[:, :-1])
+            logits = model(torch.tensor([[*model.tokenizer.encode(pair.source), 1]]), target[:, :-1])
         right += int((logits.argmax(-1) == target[:, 1:]).sum())
         count += target.shape[1] - 1
     assert score.accuracy == right / count and score.evaluation.tokens == count
@@ -126,7 +128,7 @@ def test_bad_texts_are_named_by_line(trained):
         ("", "of line 2 it is empty"),
         ("a\nb", "of line 2 it has a line break"),
         ("a zebra b", "line 2 has words that the model's vocabulary lacks: 'zebra'"),
-        ("a " * 65, "line 2 has 65 tokens, more than the model's context of 64"),
+        ("a " * 64, "line 2 has 65 tokens, more than the model's context of 64"),
     ):
         with pytest.raises(ValueError, match=message):
             translate(model, ["a", text])
@@ -190,6 +192,56 @@ def test_the_commands(tsv, tmp_path, capsys):
     assert "exact, token accuracy" in scored and "pairs)" in scored
 
 
+def in_page(page) -> tuple[list, list]:
+    """What a page knows of its captures, and the tokens of the keys of each."""
+    html = page.read_text(encoding="utf-8")
+    said = json.loads(re.findall(r'id="manifest">(.*?)</script>', html)[0])["captures"]
+    return said, [json.loads(one) for one in re.findall(r'keytokens">(.*?)</script>', html)]
+
+
+def test_look_shows_a_source_its_translation_and_the_rectangle_between(trained, tmp_path, capsys):
+    page, model = tmp_path / "attention.html", load(trained)
+    assert run("look", "--model", trained, "--text", "a b c", "--out", page) == 0
+    (found,) = translate(model, ["a b c"])
+    written = found.split()
+    assert f"captured 4 and {len(written) + 1} tokens of source and target" in (told := capsys.readouterr().err)
+    assert f"; the model wrote {found!r}" in told
+    said, keys = in_page(page)
+    assert [one["name"] for one in said] == ["cross", "encoder", "decoder"]
+    assert [(one["queries"], one["keys"], one["same"]) for one in said] == [
+        (len(written) + 1, 4, False),
+        (4, 4, True),
+        (len(written) + 1, len(written) + 1, True),
+    ]
+    assert [one["prompt"] for one in said] == [None, None, 1]
+    assert keys == [["a", "b", "c", "\n"], ["a", "b", "c", "\n"], ["\n", *written]]
+
+
+def test_look_takes_a_given_target_layers_and_heads(trained, tmp_path, capsys):
+    page = tmp_path / "attention.html"
+    same = ("look", "--model", trained, "--text", "a b c", "--out", page)
+    assert run(*same, "--target", "c b a", "--layers", 0, "--heads", "0.1") == 0
+    assert "; the target was given" in capsys.readouterr().err
+    said, keys = in_page(page)
+    assert keys[2] == ["\n", "c", "b", "a"] and said[2]["prompt"] is None
+    assert [one["pairs"] for one in said] == [[[0, 1]]] * 3
+    assert run(*same, "--write", 2) == 0
+    assert in_page(page)[0][0]["queries"] <= 3
+
+
+def test_the_end_of_a_source_tells_repeated_tokens_apart(trained):
+    """Without it all tokens of "a a a" would be one vector, as of "a a": nothing says where, or how many."""
+    model = load(trained)
+    model.eval()
+    for text in ("a", "a a a"):
+        ids = torch.tensor([source_ids(text, 1, model.tokenizer, context=64)])
+        assert ids[0, -1] == line_end(model.tokenizer)
+        alone, ended = model.encode(ids[:, :-1])[0], model.encode(ids)[0]
+        torch.testing.assert_close(alone, alone[:1].expand_as(alone), atol=1e-5, rtol=1e-5)
+        for one, other in itertools.pairwise(ended):
+            assert not torch.allclose(one, other, atol=1e-3)
+
+
 def test_mistakes_end_in_one_line(tsv, trained, tmp_path, capsys):
     for arguments, message in (
         (("translate", "--model", trained, "a", "--source", tsv), "give a text or --source, not both"),
@@ -200,6 +252,17 @@ def test_mistakes_end_in_one_line(tsv, trained, tmp_path, capsys):
         (("train", tsv, "--task", "translate", "--out", tmp_path / "x", "--errors", "replace"), "drop --cache, --err"),
         (("train", "embedded", "--out", tmp_path / "x", "--smoothing", 0.1), "smoothing is for translation"),
         (("evaluate", tsv, "--model", trained, "--split", "test"), "has no test split"),
+        (("look", "--model", trained, "--text", "zebra"), "vocabulary lacks: 'zebra'"),
+        (("look", "--model", trained, "--text", " "), "it is empty"),
+        (("look", "--model", trained, "--text", "a", "--target", "zebra"), "not in the vocabulary: 'zebra'"),
+        (("look", "--model", trained, "--text", "a", "--target", "a", "--write", 3), "drop one of the two"),
+        (("look", "--model", trained, "--text", "a", "--write", -1), "at least 1"),
+        (("look", "--model", trained, "--text", "a", "--layers", 1), "layers are 0 to 0, got 1"),
+        (("look", "--model", trained, "--text", "a", "--tokens", 3), "drop --compare, --save, --tokens"),
+        (("look", "--model", trained, "--text", "a", "--save", tmp_path / "seen"), "drop --compare, --save"),
+        (("look", "--model", trained, "--text", "a", "--compare", tmp_path), "drop --compare"),
+        (("look", "--model", trained, "--target", "a"), "look needs --model and --text"),
+        (("look", "--capture", tmp_path, "--target", "a"), "of the others only"),
     ):
         refused(capsys, *arguments, says=(message,))
 
