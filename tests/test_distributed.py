@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,10 +216,10 @@ def straight(text, tmp_path_factory) -> Path:
     return out
 
 
-def torchrun(processes: int, *words, options: tuple = ()) -> subprocess.Popen:
-    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, *options]
+def torchrun(processes: int, *words, options: tuple = (), host: tuple = (), **environment: str) -> subprocess.Popen:
+    runner = [*host, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, *options]
     command = [str(word) for word in (*runner, "-m", "sightline", "train", *words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -242,6 +243,31 @@ def worker(process: subprocess.Popen, rank: int) -> int:
     return next(child for child, found in environments.items() if f"RANK={rank}".encode() in found)
 
 
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """The names of two network namespaces with a wire between them: link0, 10.77.0.1 and 10.77.0.2."""
+    names = [f"sightline-{os.getpid()}-{number}" for number in (1, 2)]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "name", "link0", "netns", names[1])
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "link0")
+                for device in ("lo", "link0"):
+                    ip("-n", name, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces need Linux, iproute2 and root: {getattr(error, 'stderr', None) or error}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 on_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 
 
@@ -254,6 +280,25 @@ def test_four_processes_are_one(text, straight, tmp_path):
     check_same_curve(tmp_path / "run", straight)
     (started,) = events(tmp_path / "run", "started")
     assert started["processes"] == 4
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one(text, straight, hosts, tmp_path):
+    out, started = tmp_path / "run", []
+    meet = ("--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-id", "one")
+    for number, name in enumerate(hosts, start=1):
+        # Both have this machine's name: each is told its address, and which of them the meeting point is.
+        options = (*meet, "--local-addr", f"10.77.0.{number}", "--rdzv-conf", f"is_host={2 - number}")
+        host = ("ip", "netns", "exec", name)
+        words = (text, "--out", out, *RUN, "--parallel", "shard")
+        started.append(torchrun(1, *words, options=options, host=host, GLOO_SOCKET_IFNAME="link0"))
+    (code, printed, told), (other_code, other_printed, other_told) = map(finish, started)
+    assert (code, other_code, told, other_told) == (0, 0, [], [])
+    # Which host leads is the rendezvous' choice.
+    assert sorted(map(bool, (printed, other_printed))) == [False, True]
+    check_same_curve(out, straight)
+    (begun,) = events(out, "started")
+    assert begun["processes"] == 2
 
 
 @pytest.mark.slow
