@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes .venv first and installs what it needs there.
+# `make demo`, `make test` and `make labs` make .venv first, and install what they need there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +7,20 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 KERNEL := sightline/kernels
 SOURCES := $(KERNEL)/build.py $(wildcard $(KERNEL)/native/*)
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test labs check wheel clean
 
 demo: $(VENV)/installed $(VENV)/built
 	$(BIN)/sightline demo
 
 test: $(VENV)/installed-dev $(VENV)/built
 	$(BIN)/python -m pytest
+
+# The labs, executed, as pages that need no network: build/labs/*.html. Their exercises write files where they run.
+labs: $(VENV)/installed-labs $(VENV)/built
+	rm -rf build/labs
+	mkdir -p build/labs
+	cp docs/labs/*.ipynb build/labs
+	$(BIN)/python -m nbconvert --to html --execute --template-file docs/labs/page.html.j2 build/labs/*.ipynb
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -35,6 +42,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/installed-labs: pyproject.toml constraints.txt | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[labs]"
 	touch $@
 
 # Without a C++ compiler everything works too, with the other implementations; `sightline doctor` tells.

@@ -773,7 +773,13 @@ def test_what_is_not_finite_is_null_for_programs(tmp_path):
             "line 8, raised RuntimeError: no, while it was called",
         ),
         ("def mine(q, k, v):\n    return 'text'", {}, "returned str, expected an array"),
-        ("def mine(q, k, v):\n    return None", {}, "expected an array"),
+        ("def mine(q, k, v):\n    ...", {}, "mine is not written yet, or lacks its return: it gives nothing back"),
+        ("def mine(length, d_model):\n    return ...", {}, "mine is not written yet"),
+        (
+            ONE_HEAD.replace("return", "result ="),
+            {},
+            "is not written yet, or lacks its return",
+        ),
         ("def one(): ...\ndef two(): ...", {}, "needs a name, FILE.py:FUNCTION; it defines one, two"),
         (
             ONE_HEAD.replace("self.query, self.key", "self.a, self.b").replace("self.key(x)", "x"),

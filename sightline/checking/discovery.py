@@ -13,7 +13,7 @@ from sightline.checking.definitions import Steps, causal, causal_from_the_first
 from sightline.checking.findings import Example, changes, rows
 from sightline.checking.mistakes import TOLERANCE, Mistake, difference, explain
 from sightline.checking.module_mistakes import HEADS
-from sightline.checking.subject import CheckError, Raised, Subject
+from sightline.checking.subject import CheckError, Nothing, Raised, Subject
 
 PATTERNS: dict[str, Steps] = {
     "full": Steps(),
@@ -69,7 +69,7 @@ def discover(subject: Subject, *, scale: float | None, hide: bool, expect_causal
         expect_causal = True
     names = [name for name in PATTERNS if expect_causal is None or name.startswith("causal") == expect_causal]
     tried: list[Case] = []
-    refused: dict[bool, str] = {}
+    refused: dict[bool, Raised] = {}
     for convention in conventions(subject.told["torch"], 1 if signature.heads is None else 2):
         if any(case.shaped and case.differs_in_sizes(convention) for case in tried):
             continue  # what is right only where all sizes are equal is wrong
@@ -77,13 +77,15 @@ def discover(subject: Subject, *, scale: float | None, hide: bool, expect_causal
         try:
             case = _first_call(caller, Problem.draw(convention), right)
         except Raised as error:
-            refused.setdefault(convention.columns, str(error))
+            refused.setdefault(convention.columns, error)
             continue
         tried.append(case)
         for name in names:
             if _holds(case.expecting(name)):
                 return case.expecting(name, ())
     if not tried:
+        if isinstance(refused[False], Nothing):
+            raise refused[False]
         raise CheckError(f"{refused[False]}; tried torch and numpy, 2 to 4 axes, tokens in rows and in columns")
     return _wrong(tried, names)
 

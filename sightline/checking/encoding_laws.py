@@ -12,7 +12,7 @@ from sightline.checking.definitions import EncodingSteps, encoding
 from sightline.checking.encoding_mistakes import ENCODINGS
 from sightline.checking.findings import Example, Finding, hold, number, rows
 from sightline.checking.mistakes import TOLERANCE, difference, explain
-from sightline.checking.subject import CheckError, Raised, Subject
+from sightline.checking.subject import CheckError, Nothing, Raised, Subject
 
 LENGTHS = (
     "length",
@@ -150,6 +150,8 @@ def _discover(subject: Subject, widths: tuple[int, ...]) -> tuple[Table, Tensor]
                 continue  # every token of a sequence got the same: the axes are the other way round
             found.append((table, result))
     if not found:
+        if isinstance(refused, Nothing):
+            raise refused
         raise CheckError(
             f"{refused}; expected a function of (length, d_model), or of embeddings (batch tokens d_model)"
         )

@@ -16,7 +16,7 @@ from sightline.checking.findings import Example, Finding, changes, hold, number,
 from sightline.checking.maps import readings, strangers
 from sightline.checking.mistakes import TOLERANCE, Mistake, difference, explain
 from sightline.checking.module_mistakes import HEADS, LOST, ROLES
-from sightline.checking.subject import CheckError, Raised, Subject
+from sightline.checking.subject import CheckError, Nothing, Raised, Subject
 
 BATCH, TOKENS = 2, 5
 
@@ -187,6 +187,8 @@ def _discover(module: Module, meant: list[Maps], names: list[str]) -> Tensor:
                 module.mistakes = ()
                 return output
     if not outputs:
+        if isinstance(refused, Nothing):
+            raise refused
         raise CheckError(f"{refused}; tried {', '.join(layout.words for layout in LAYOUTS)}")
     for count, tries in ((1, meant[:4]), (2, meant[:1])):
         for (module.layout, module.x, output), maps, steps in itertools.product(outputs, tries, patterns):

@@ -40,6 +40,10 @@ class Raised(CheckError):
     """The code raised an exception of its own."""
 
 
+class Nothing(Raised):
+    """The code came back with None or `...`, as what is still to be written does."""
+
+
 class Subject:
     """A function, class or object in a file, in a process that ends with the `with` block.
 
@@ -134,6 +138,8 @@ class Subject:
         if raised["memory"]:
             gb = self._memory / 1e9
             return CheckError(f"{self._at(raised['line'])} needs more than {gb:g} GB of memory, while {doing}")
+        if raised["nothing"]:
+            return Nothing(f"{self.file}:{self.name} is not written yet, or lacks its return: it gives nothing back")
         message = plain(raised["message"])
         return Raised(
             f"{self._at(raised['line'])} raised {raised['type']}{': ' * bool(message)}{message}, while {doing}"

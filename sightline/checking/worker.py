@@ -81,6 +81,10 @@ def main() -> None:
         send(answers, *answer)
 
 
+class Nothing(Exception):
+    """It came back with None or `...`."""
+
+
 class Worker:
     """One method a question."""
 
@@ -96,7 +100,8 @@ class Worker:
                 line = frame.lineno
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         memory = isinstance(error, MemoryError) or "can't allocate memory" in message
-        return {"type": type(error).__name__, "message": message[:2000], "line": line, "memory": memory}
+        told = {"type": type(error).__name__, "message": message[:2000], "line": line, "memory": memory}
+        return {**told, "nothing": isinstance(error, Nothing)}
 
     def open(self, _: dict[str, Tensor], file: str, name: str | None, memory: int | None) -> Answer:
         """Import the file and find what is to be checked; without a name, its only public function or class."""
@@ -150,6 +155,8 @@ class Worker:
         """
         subject = _lowered(self._subject) if bfloat16 else self._subject
         result, given, parameters = self._run(subject, tensors, arguments, named, library, gradients)
+        if result is None or result is ...:
+            raise Nothing
         results = _results(result)
         answer = {f"result.{i}": tensor for i, tensor in enumerate(results)}
         changed = [name for name, one in given.items() if not _equal(torch.as_tensor(one), tensors[name])]
