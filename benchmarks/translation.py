@@ -2,7 +2,7 @@
 
 python benchmarks/translation.py [--row training decoding job] [--rounds 9] [--save]
 
-Whole: about five minutes on two idle cores, of which the job is three.
+Whole: about six minutes on two idle cores, of which the job is three.
 """
 
 import tempfile
@@ -79,7 +79,7 @@ def training(report: Report, rounds: int) -> None:
                 "ours": lambda precision=precision: step(ours, moved[ours], precision, smoothing=0.1),
                 "peer": lambda precision=precision: step(peer, moved[peer], precision),
             },
-            rounds=rounds,
+            rounds=rounds if precision == torch.float32 else min(rounds, 3),  # where it is emulated: 9 s a step
         )
         name = str(precision).removeprefix("torch.")
         cells = (f"{times[side] * 1e3:.0f}" for side in ("ours", "peer"))

@@ -3,6 +3,7 @@
 Knows nothing of browsers and terminals.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -159,11 +160,15 @@ def translation(
     Without a target the model writes one, found by beam search, of at most `write` tokens (0: as many as it takes).
     `tell` hears the notes.
 
-    Raises: ValueError for a model without tokenizer, a source as `source_ids` refuses it, `write` beside a target, or
-    as `capture`.
+    Raises: ValueError for a model without tokenizer, a source as `source_ids` refuses it or that names a file, a target
+    that is no line, `write` beside a target, or as `capture`.
     """
     if target is not None and write:
         raise ValueError("--target is what --write would let the model write: drop one of the two")
+    if target is not None and (not target.strip() or "\n" in target):
+        raise ValueError(f"expected one line of text as --target, got {target!r}")
+    if os.path.isfile(text):  # noqa: PTH113 (that of a Path raises for a line too long to be a name)
+        raise ValueError(f"--text is the line itself where --model translates, and {text} is a file: give its line")
     tokenizer, start = _tokenizer(model), time.perf_counter()
     source, end = source_ids(text, 1, tokenizer, context=model.config.context), line_end(tokenizer)
     if target is None:
