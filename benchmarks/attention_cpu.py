@@ -1,10 +1,11 @@
 """The native CPU kernel beside PyTorch's SDPA and eager attention, each as a share of what the CPU can do.
 
-python benchmarks/attention_cpu.py [--rounds 9] [--save] [--quick]
+python benchmarks/attention_cpu.py [--rounds 9] [--save] [--quick] [--only backward 2048 float32]
 
 The ceiling is measured in the same turns as the sides: multiply-adds on registers and nothing else, on as many
 threads; for bfloat16 by the bf16 dot product where the CPU has one. A share above 1 means that the machine's clock or a
-neighbour changed between turns. With --save the report and the two charts of the README are written.
+neighbour changed between turns. With --save the report and the two charts of the README are written; --only takes the
+rows that have all of these words, and writes nothing.
 """
 
 import functools
@@ -29,6 +30,9 @@ from sightline.kernels import cpu
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 PROBE_ROUNDS = 500_000
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+Wanted = Callable[..., bool]
+"""Whether the row with these words is to be measured."""
 
 
 def draw(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -63,7 +67,7 @@ def ceiling(seconds: float, dtype: torch.dtype) -> float:
     return 2 * multiplies(dot=has_dot(dtype)) / seconds / 1e9
 
 
-def forward(report: Report, rounds: int, *, quick: bool) -> None:
+def forward(report: Report, rounds: int, wanted: Wanted, *, quick: bool) -> None:
     report.say("\n## Forward: plain, and saying what it saw")
     report.say("Batch 1, 8 heads. Row facts: logsumexp, entropy, top 8, distance, sink; all: received and the map too.")
     report.table(
@@ -75,8 +79,9 @@ def forward(report: Report, rounds: int, *, quick: bool) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 for causal in (False, True):
                     few = rounds if length < 4096 else max(2, rounds // 4)
-                    forward_row(report, few, length, width, dtype, causal=causal)
-    if not quick:
+                    if wanted("forward", length, width, dtype, "causal" if causal else "all"):
+                        forward_row(report, few, length, width, dtype, causal=causal)
+    if not quick and wanted("forward", 32768, 64, torch.float32, "causal"):
         forward_row(report, 1, 32768, 64, torch.float32, causal=True)
 
 
@@ -110,7 +115,7 @@ def forward_row(report: Report, rounds: int, length: int, width: int, dtype: tor
     )  # fmt: skip
 
 
-def backward(report: Report, rounds: int, *, quick: bool) -> None:
+def backward(report: Report, rounds: int, wanted: Wanted, *, quick: bool) -> None:
     report.say("\n## Backward alone (grad of query, key and value)")
     report.table(
         "batch heads length width", "dtype", "causal", "ours ms", "of the ceiling", "SDPA ms", "SDPA of the ceiling",
@@ -121,29 +126,31 @@ def backward(report: Report, rounds: int, *, quick: bool) -> None:
         # SDPA's backward of 8,192 in bfloat16 takes a minute a call on a CPU without bf16 instructions.
         for dtype in (torch.float32, torch.bfloat16) if shape[2] < 4096 else (torch.float32,):
             for causal in (False, True):
-                leaves = [t.requires_grad_() for t in draw(*shape, dtype)]
-                weight = torch.randn(shape, dtype=dtype)
-                ours = sl.attention(*leaves, sl.Causal() if causal else None, implementation="cpu")
-                torchs = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+                if wanted("backward", f"heads{shape[1]}", *shape[2:], dtype, "causal" if causal else "all"):
+                    few = rounds if shape[2] < 2048 else max(2, rounds // 3)
+                    backward_row(report, few, shape, dtype, causal=causal)
 
-                def gradients(output: torch.Tensor, leaves=leaves, weight=weight) -> object:
-                    return torch.autograd.grad(output, leaves, weight, retain_graph=True)
 
-                times = interleaved(
-                    {
-                        "ceiling": probe(torch.float32),
-                        "ours": lambda ours=ours, gradients=gradients: gradients(ours),
-                        "sdpa": lambda torchs=torchs, gradients=gradients: gradients(torchs),
-                    },
-                    rounds=rounds if shape[2] < 2048 else max(2, rounds // 3),
-                )
-                work = 10 * shape[1] * shape[2] ** 2 * shape[3] / (2 if causal else 1)
-                most = work / 1e9 / ceiling(times["ceiling"], torch.float32)
-                report.row(
-                    " x ".join(map(str, shape)), str(dtype).removeprefix("torch."), causal,
-                    f"{times['ours'] * 1e3:.2f}", f"{most / times['ours']:.2f}", f"{times['sdpa'] * 1e3:.2f}",
-                    f"{most / times['sdpa']:.2f}", f"{times['sdpa'] / times['ours']:.2f}",
-                )  # fmt: skip
+def backward_row(
+    report: Report, rounds: int, shape: tuple[int, int, int, int], dtype: torch.dtype, *, causal: bool
+) -> None:
+    leaves = [t.requires_grad_() for t in draw(*shape, dtype)]
+    weight = torch.randn(shape, dtype=dtype)
+    ours = sl.attention(*leaves, sl.Causal() if causal else None, implementation="cpu")
+    torchs = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+
+    def gradients(output: torch.Tensor) -> object:
+        return torch.autograd.grad(output, leaves, weight, retain_graph=True)
+
+    sides = {"ceiling": probe(torch.float32), "ours": lambda: gradients(ours), "sdpa": lambda: gradients(torchs)}
+    times = interleaved(sides, rounds=rounds)
+    work = 10 * shape[1] * shape[2] ** 2 * shape[3] / (2 if causal else 1)
+    most = work / 1e9 / ceiling(times["ceiling"], torch.float32)
+    report.row(
+        " x ".join(map(str, shape)), str(dtype).removeprefix("torch."), causal, f"{times['ours'] * 1e3:.2f}",
+        f"{most / times['ours']:.2f}", f"{times['sdpa'] * 1e3:.2f}", f"{most / times['sdpa']:.2f}",
+        f"{times['sdpa'] / times['ours']:.2f}",
+    )  # fmt: skip
 
 
 def decode(report: Report, rounds: int) -> None:
@@ -273,7 +280,10 @@ def charts(found: dict[str, dict[int, tuple[float, float]]], machine: str) -> No
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--quick", action="store_true", help="leave out lengths above 8,192")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows with all of these words")
     options = parser.parse_args()
+    if options.only and options.save:
+        parser.error("--save writes a report of all rows; leave out --only")
     if cpu.MISSING:
         parser.exit(1, f"attention_cpu: {cpu.MISSING}\n")
     torch.manual_seed(0)
@@ -289,11 +299,17 @@ def main() -> None:
             report.say(
                 "No bf16 dot product here: bfloat16 is computed in float32, and float32's ceiling is its ceiling."
             )
-    forward(report, options.rounds, quick=options.quick)
-    backward(report, options.rounds, quick=options.quick)
-    decode(report, options.rounds)
-    short(report, options.rounds)
-    found = growth(report, quick=options.quick)
+
+    def wanted(*words: object) -> bool:
+        return set(options.only) <= {str(word).removeprefix("torch.") for word in words}
+
+    forward(report, options.rounds, wanted, quick=options.quick)
+    backward(report, options.rounds, wanted, quick=options.quick)
+    if wanted("decode"):
+        decode(report, options.rounds)
+    if wanted("short"):
+        short(report, options.rounds)
+    found = growth(report, quick=options.quick) if wanted("growth") else {}
     if options.save:
         machine = f"{processor()}, {torch.get_num_threads()} threads, {cpu.instructions()}"
         charts(found, machine)

@@ -93,7 +93,7 @@ def attention(
     queries, keys = query.shape[-2], key.shape[-2]
     options = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
     if name == "cpu":
-        output = cpu.attention(query, key, value, _numbers(recipe), scale=number, **options)
+        output = cpu.attention(query, key, value, _numbers(recipe, queries), scale=number, **options)
     elif name == "tiled":
         with _exactly(query.device):
             output = tiled.attention(query, key, value, *_lazily(recipe, query, key), scale=number, **options)
@@ -162,7 +162,7 @@ def observe(
     own = name == "cpu"  # whose output carries its gradient already
     with torch.set_grad_enabled(own and differentiates), _exactly(call.query.device):
         if own:
-            facts = cpu.observe(*tensors, _numbers(call.mask), **options)
+            facts = cpu.observe(*tensors, _numbers(call.mask, queries), **options)
         elif name == "tiled":
             facts = tiled.observe(*tensors, *_lazily(call.mask, call.query, call.key), **options)
         else:
@@ -223,8 +223,6 @@ def choose(
     if implementation == "auto" and light and not observing:
         return Choice("sdpa", "costs least to call for so few scores")
     refusal = cpu.refusal(query, value)
-    if mask.segments is not None:
-        refusal = refusal or "it has no segments"
     if implementation == "cpu":
         if refusal:
             raise ValueError(f"implementation 'cpu' cannot compute this call: {refusal}; or use 'auto'")
@@ -283,9 +281,7 @@ def _prepare(
 ) -> _Call:
     """The call with a heads axis, one dtype and a checked mask."""
     device, dtype = query.device, query.dtype
-    # Some kinds of device (meta) know no autocast, and may not be asked.
-    autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    if autocasts and dtype != torch.float64:
+    if _knows_autocast(device) and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if key.dtype != dtype or value.dtype != dtype:
@@ -315,8 +311,12 @@ def _prepare(
 
 def _exactly(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast, where there is such a thing."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _knows_autocast(device) else nullcontext()
+
+
+def _knows_autocast(device: torch.device) -> bool:
+    """False for a device that may not be asked about autocast: torch's own question does not compile before 2.12."""
+    return device.type != "meta"
 
 
 def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:
@@ -334,8 +334,11 @@ def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:
     return Allowed(mask)
 
 
-def _numbers(mask: Mask) -> cpu.Masks:
-    return cpu.Masks(mask.before, mask.after, mask.lengths, mask.allowed, mask.bias, mask.slopes)
+def _numbers(mask: Mask, queries: int) -> cpu.Masks:
+    segments = mask.segments
+    if segments is not None:
+        segments = torch.cat((segments[:, segments.shape[1] - queries :], segments), dim=1)
+    return cpu.Masks(mask.before, mask.after, mask.lengths, segments, mask.allowed, mask.bias, mask.slopes)
 
 
 def _lazily(mask: Mask, query: Tensor, key: Tensor) -> tuple[tiled.Span, tiled.TileOf]:

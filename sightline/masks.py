@@ -91,7 +91,7 @@ class Mask:
         There, `allowed` and `bias` of three axes are (batch queries keys).
         """
         allowed, bias = (t.unsqueeze(1) if t is not None and t.ndim == 3 else t for t in (self.allowed, self.bias))
-        return replace(Mask(**vars(self)), allowed=allowed, bias=bias)
+        return replace(self, allowed=allowed, bias=bias)
 
     def to(self, device: torch.device) -> "Mask":
         """The same mask with its tensors on a device."""
@@ -153,7 +153,7 @@ class Mask:
         lengths = None if self.lengths is None else (self.lengths - columns[0]).clamp(0, columns[1] - columns[0])
         allowed, bias = _cut(self.allowed, rows, columns), _cut(self.bias, rows, columns)
         segments = None if self.segments is None else self.segments[:, slice(*columns)]
-        return replace(Mask(**vars(self)), lengths=lengths, allowed=allowed, bias=bias, segments=segments)
+        return replace(self, lengths=lengths, allowed=allowed, bias=bias, segments=segments)
 
     def dense(
         self,
@@ -214,7 +214,7 @@ class Mask:
                 raise ValueError(f"mask: {name} is on {tensor.device} but query on {device}; move it there")
 
 
-class Causal(Mask):
+def Causal() -> Mask:
     """A query sees its own position and what came before it.
 
     >>> print(Causal().draw(queries=3, keys=3))
@@ -222,12 +222,10 @@ class Causal(Mask):
     # # .
     # # #
     """
-
-    def __init__(self) -> None:
-        super().__init__(after=0)
+    return Mask(after=0)
 
 
-class Window(Mask):
+def Window(*, before: int | None, after: int | None) -> Mask:
     """A query sees `before` keys before its own position, its own, and `after` keys after it.
 
     None means no limit on that side. `Window(before=2, after=0)` is the newest three keys, the query's own
@@ -238,35 +236,31 @@ class Window(Mask):
     # # #
     . # #
     """
-
-    def __init__(self, *, before: int | None, after: int | None) -> None:
-        for name, limit in (("before", before), ("after", after)):
-            if limit is not None and (not isinstance(limit, int) or limit < 0):
-                raise ValueError(f"Window: {name} must be a whole number of keys, 0 or more, or None; got {limit!r}")
-        super().__init__(before=before, after=after)
+    for name, limit in (("before", before), ("after", after)):
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"Window: {name} must be a whole number of keys, 0 or more, or None; got {limit!r}")
+    return Mask(before=before, after=after)
 
 
-class Padding(Mask):
+def Padding(lengths: Tensor | Sequence[int]) -> Mask:
     """Sequence b has `lengths[b]` keys; the keys after them do not exist, for every query.
 
     >>> print(Padding([2]).draw(queries=1, keys=4))
     # # . .
     """
-
-    def __init__(self, lengths: Tensor | Sequence[int]) -> None:
-        tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)
-        if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-            raise ValueError(
-                f"Padding: lengths must be whole numbers, one a sequence; got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        super().__init__(lengths=tensor)
+    tensor = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"Padding: lengths must be whole numbers, one a sequence; got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return Mask(lengths=tensor)
 
 
-class Segments(Mask):
+def Segments(segments: Tensor) -> Mask:
     """Texts that stand one behind the other in a row of tokens, or chunks of one: none sees another.
 
-    A query sees the keys whose number is that of its own position. Compose with `Causal()`. Not in the native
-    kernel: `tiled` takes such calls, and passes over the keys of other segments.
+    A query sees the keys whose number is that of its own position. Compose with `Causal()`. Keys of other segments
+    cost nothing: a long row of short texts takes the sum of their squares, not the square of their sum.
 
     >>> print((Causal() & Segments(torch.tensor([[0, 0, 1, 1]]))).draw(queries=4, keys=4))
     # . . .
@@ -274,37 +268,29 @@ class Segments(Mask):
     . . # .
     . . # #
     """
-
-    def __init__(self, segments: Tensor) -> None:
-        if segments.ndim != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
-            raise ValueError(
-                f"Segments: expected whole numbers (batch keys), got {segments.dtype} {tuple(segments.shape)}"
-            )
-        super().__init__(segments=segments)
+    if segments.ndim != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
+        raise ValueError(f"Segments: expected whole numbers (batch keys), got {segments.dtype} {tuple(segments.shape)}")
+    return Mask(segments=segments)
 
 
-class Allowed(Mask):
+def Allowed(allowed: Tensor) -> Mask:
     """An explicit bool tensor, True where the query may attend; broadcastable to (batch heads queries keys)."""
-
-    def __init__(self, allowed: Tensor) -> None:
-        if allowed.dtype != torch.bool:
-            raise ValueError(
-                f"Allowed: expected a bool tensor, got {allowed.dtype}; "
-                "use .bool() if nonzero means 'may attend', or Bias(...) to add it to the scores"
-            )
-        super().__init__(allowed=allowed)
+    if allowed.dtype != torch.bool:
+        raise ValueError(
+            f"Allowed: expected a bool tensor, got {allowed.dtype}; "
+            "use .bool() if nonzero means 'may attend', or Bias(...) to add it to the scores"
+        )
+    return Mask(allowed=allowed)
 
 
-class Bias(Mask):
+def Bias(bias: Tensor) -> Mask:
     """Numbers added to the scaled scores; broadcastable to (batch heads queries keys). -inf hides a key."""
-
-    def __init__(self, bias: Tensor) -> None:
-        if not bias.is_floating_point():
-            raise ValueError(f"Bias: expected a float tensor, got {bias.dtype}; use Allowed(...) for bool masks")
-        super().__init__(bias=bias)
+    if not bias.is_floating_point():
+        raise ValueError(f"Bias: expected a float tensor, got {bias.dtype}; use Allowed(...) for bool masks")
+    return Mask(bias=bias)
 
 
-class ALiBi(Mask):
+def ALiBi(num_heads: int) -> Mask:
     """Attention with linear biases: -slope * distance on every score, one slope a head.
 
     For a power of two of heads the slopes are 2^(-8/heads), 2^(-16/heads), ...; for other numbers those of the
@@ -312,14 +298,12 @@ class ALiBi(Mask):
 
     Source: Press et al. 2022, section 3 and its reference code for other numbers of heads.
     """
-
-    def __init__(self, num_heads: int) -> None:
-        if num_heads < 1:
-            raise ValueError(f"ALiBi: expected at least one head, got {num_heads}")
-        power = 2 ** (num_heads.bit_length() - 1)
-        slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-        slopes += [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * (num_heads - power), 2)]
-        super().__init__(slopes=torch.tensor(slopes))
+    if num_heads < 1:
+        raise ValueError(f"ALiBi: expected at least one head, got {num_heads}")
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * (num_heads - power), 2)]
+    return Mask(slopes=torch.tensor(slopes))
 
 
 def _least(left: int | None, right: int | None) -> int | None:

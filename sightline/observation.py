@@ -141,11 +141,15 @@ class Observation:
         query, key, logsumexp = (_with_heads(t, self.query.ndim) for t in (self.query, self.key, self.logsumexp))
         rows, columns = _bounds(queries, query.shape[-2], "queries"), _bounds(keys, key.shape[-2], "keys")
         mask = self.mask.window(rows, columns)
-        numbers = cpu.Masks(mask.before, mask.after, mask.lengths, mask.allowed, mask.bias, mask.slopes)
-        position = rows[0] + key.shape[-2] - query.shape[-2] - columns[0]
+        segments, offset = self.mask.segments, key.shape[-2] - query.shape[-2]
+        if segments is not None:
+            own = segments[:, rows[0] + offset : rows[1] + offset]
+            segments = torch.cat((own, segments[:, slice(*columns)]), dim=1)
+        numbers = cpu.Masks(mask.before, mask.after, mask.lengths, segments, mask.allowed, mask.bias, mask.slopes)
+        position = rows[0] + offset - columns[0]
         window = query[..., slice(*rows), :], key[..., slice(*columns), :], logsumexp[..., slice(*rows)]
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "position": position, "block": block}
-        if mask.segments is not None or cpu.refusal(query, key):
+        if cpu.refusal(query, key):
             found = tiled.pool(
                 *window, self._rest(rows[0], columns[0]), before=mask.before, after=mask.after, **options
             )

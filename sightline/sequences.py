@@ -170,7 +170,7 @@ def _joined(calls: list[_Call], heads: int, queries: int, keys: int, *, same_tex
 def _from_here(call: _Call, same_text: bool) -> Mask:
     """A newest query alone sees no key after it, whether its mask says so or not."""
     alone = same_text and call.queries.stop - call.queries.start == 1
-    return replace(Mask(**vars(call.mask)), after=0) if alone and call.mask.after is None else call.mask
+    return replace(call.mask, after=0) if alone and call.mask.after is None else call.mask
 
 
 def _hides_by_absence(call: _Call, mask: Mask) -> bool:

@@ -144,7 +144,7 @@ def test_checkpointing_draws_the_same_again():
 
 
 def test_bad_calls_of_the_operator_are_refused():
-    case, nothing = draw(queries=3, keys=3, groups=4, dtype=torch.float32), [None] * 5
+    case, nothing = draw(queries=3, keys=3, groups=4, dtype=torch.float32), [None] * 6
     for dropout, seed, line in (
         (0.5, None, "needs a seed"),
         (0.5, torch.zeros(1), "needs a seed"),

@@ -13,7 +13,7 @@ from oracle import Case, draw, exactly
 import sightline as sl
 from sightline.attention import attention, choose, observe
 from sightline.kernels import cpu
-from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Window
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Mask, Padding, Segments, Window
 from sightline.observation import Observation
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
@@ -149,6 +149,9 @@ def calls(draw_):
         )
     if draw_(st.booleans()):
         mask &= ALiBi(heads)
+    if queries <= keys and draw_(st.booleans()):
+        numbers = torch.randint(-2, draw_(st.sampled_from([0, 3, 30])), (2, keys), generator=random)
+        mask &= Segments(numbers.sort(-1).values if draw_(st.booleans()) else numbers)
     options: dict[str, Any] = {
         "softcap": draw_(st.sampled_from([None, 0.8, 30.0])),
         "sinks": draw_(st.sampled_from([None, torch.randn(heads, generator=random)])),
@@ -239,6 +242,56 @@ def test_bits_do_not_depend_on_runs_threads_strides_or_company(shape, dtype, thr
     assert_same_bits(everything(scattered, Causal()), first)
     alone = everything(Case(*(t[:1] for t in case)), Causal())
     assert_same_bits(alone, [t[:1] for t in first])
+
+
+def texts(keys: int, *, scattered: bool) -> torch.Tensor:
+    """Numbers of segments (2 keys): texts of some hundred keys in another order in each row, or of single keys."""
+    cuts = torch.tensor([[7, 290, 300, 611], [120, 121, 512, 700]])
+    packed = (torch.arange(keys)[None, :, None] >= cuts[:, None]).sum(-1) * torch.tensor([[1], [-3]])
+    return packed if not scattered else packed * (torch.arange(keys) % 3 > 0)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_segments_have_the_bits_of_the_same_mask_written_out(shape, scattered, instructions, threads):
+    case = draw(**shape | {"batch": 2}, width=24, value_width=40, dtype=torch.float32)
+    queries, keys = shape["queries"], shape["keys"]
+    mask = Segments(texts(keys, scattered=scattered)) & Causal()
+    allowed = mask.dense(queries, keys).allowed
+    assert allowed is not None
+    written_out = everything(case, Allowed(allowed) & Causal())
+    for number in (1, 3):
+        threads(number)
+        assert_same_bits(everything(case, mask), written_out)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_what_stands_in_other_segments_is_not_met(scattered, instructions):
+    length = 4 * TILE
+    case = draw(queries=length, keys=length, dtype=torch.float32)
+    numbers = (torch.arange(length) >= 2 * TILE).long()
+    numbers[5] = scattered  # makes the second segment's span begin in the first
+    mask = Segments(numbers.expand(2, -1)) & Causal()
+    clean, own = everything(case, mask), slice(6, 2 * TILE)
+    for t in (case.key, case.value):
+        t[:, :, 2 * TILE + 32 :] = torch.nan  # the rows of a register tile may stand in both segments
+    leaves = [t.requires_grad_() for t in case]
+    output = native(Case(*leaves), mask)
+    gradients = torch.autograd.grad(output[:, :, own].square().sum(), leaves)
+    assert torch.equal(output[:, :, own], clean[0][:, :, own])
+    for gradient in gradients[: 1 if scattered else 3]:  # scattered, a row of NaN reaches keys of another segment
+        assert gradient[:, :, own].isfinite().all() and (gradient[:, :, own] != 0).any()
+
+
+def test_packed_texts_are_each_alone(instructions):
+    lengths = (300, 1, 45, 700)
+    case = draw(queries=sum(lengths), keys=sum(lengths), batch=1, width=24, dtype=torch.float32)
+    numbers = torch.repeat_interleave(torch.tensor([3, 9, -1, 3 + 2**40]), torch.tensor(lengths))[None]
+    packed = saw(case, Segments(numbers) & Causal())
+    alone = [saw(Case(*part), Causal()) for part in zip(*(t.split(lengths, dim=2) for t in case), strict=True)]
+    for fact in ("output", "logsumexp", "entropy", "distance", "received", "top_weights"):
+        apart = torch.cat([getattr(seen, fact) for seen in alone], dim=-1 if fact in (*FACTS[:3], "received") else 2)
+        torch.testing.assert_close(getattr(packed, fact), apart, rtol=2e-5, atol=2e-5)
 
 
 def test_seeing_changes_no_bit():
@@ -398,6 +451,7 @@ def test_opcheck(grad):
     case = draw(queries=20, keys=30, width=8, value_width=8, dtype=torch.float32)
     masks = (
         torch.tensor([30, 4]),
+        torch.arange(50).expand(2, 50) // 9 % 2,
         torch.rand(1, 1, 20, 30) > 0.2,
         torch.randn(2, 1, 1, 30),
         torch.ones(4),
@@ -408,7 +462,7 @@ def test_opcheck(grad):
         torch.library.opcheck(torch.ops.sightline.forward.default, arguments)
         torch.library.opcheck(torch.ops.sightline.forward.default, (*arguments, 0.2, torch.tensor(7)))
         torch.library.opcheck(torch.ops.sightline.observe.default, (*arguments, 3, True, 8, 2))
-        window = (*case[:2], torch.zeros(2, 4, 20), *masks[:4], -1, 0, 0.3, 0.0, 10, 8)
+        window = (*case[:2], torch.zeros(2, 4, 20), *masks[:5], -1, 0, 0.3, 0.0, 10, 8)
         torch.library.opcheck(torch.ops.sightline.pool.default, window)
         return
     output, logsumexp = torch.ops.sightline.forward(*arguments)

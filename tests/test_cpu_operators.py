@@ -10,7 +10,7 @@ from oracle import draw
 
 from sightline.attention import attention, observe
 from sightline.kernels import cpu
-from sightline.masks import Allowed, Bias, Causal, Padding, Window
+from sightline.masks import ALiBi, Allowed, Bias, Causal, Padding, Segments, Window
 from sightline.shapes import ShapeError
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
@@ -97,6 +97,19 @@ def test_compiles_once_for_all_lengths():
 
 
 @tracing
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_masks_are_made_in_compiled_code(implementation):
+    def call(x: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        mask = Causal() & Window(before=5, after=None) & Padding([9, 7]) & ALiBi(3) & Allowed(allowed)
+        mask &= Segments(torch.arange(9).expand(2, 9) // 4) & Bias(allowed.float())
+        return attention(x, x, x, mask, implementation=implementation)
+
+    x, allowed = torch.randn(2, 3, 9, 8), torch.rand(9, 9) > 0.3
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, allowed), call(x, allowed))
+
+
+@tracing
 def test_exports_with_its_masks():
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor, allowed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -180,16 +193,19 @@ def test_a_negative_option_ends_before_native_code(option, monkeypatch):
         (1, lambda t: t[:, :, :, :-1], "do not belong together"),
         (2, lambda t: t.mT.contiguous().mT, "stride 1"),
         (3, torch.Tensor.int, "lengths must be int64"),
-        (4, torch.Tensor.float, "allowed must be bool"),
-        (4, lambda t: t[..., :-1], "does not broadcast"),
-        (5, torch.Tensor.double, "bias must be float32"),
-        (7, lambda t: t[1:], "slopes and sinks"),
+        (4, torch.Tensor.int, "segments must be int64"),
+        (4, lambda t: t[:, 1:], "segments must be int64"),
+        (5, torch.Tensor.float, "allowed must be bool"),
+        (5, lambda t: t[..., :-1], "does not broadcast"),
+        (6, torch.Tensor.double, "bias must be float32"),
+        (8, lambda t: t[1:], "slopes and sinks"),
     ],
 )
 def test_the_operators_check_what_they_are_given(place, change, message):
     case = draw(queries=7, keys=11, dtype=torch.float32)
     allowed, bias = torch.ones(1, 1, 7, 11, dtype=torch.bool), torch.zeros(1, 1, 7, 11)
-    arguments = [*case, torch.tensor([11, 4]), allowed, bias, torch.ones(4), torch.zeros(4)]
+    segments = torch.zeros(2, 18, dtype=torch.int64)
+    arguments = [*case, torch.tensor([11, 4]), segments, allowed, bias, torch.ones(4), torch.zeros(4)]
     arguments[place] = change(arguments[place])
     for operator, rest in ((torch.ops.sightline.forward, ()), (torch.ops.sightline.observe, (3, True, 8, 2))):
         with pytest.raises(RuntimeError, match=message):

@@ -102,7 +102,7 @@ def recipe_mask(
         )  # fmt: skip
     else:
         if mask.segments is not None:
-            mask = replace(Mask(**vars(mask)), segments=mask.segments[:, :keys])
+            mask = replace(mask, segments=mask.segments[:, :keys])
         mask = mask & _existing(attention_mask, slice(kv_offset, kv_offset + keys))
     return Recipe.of(mask, batch=batch_size, queries=queries, keys=keys, first_query=first_query, first_key=kv_offset)
 

@@ -21,8 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("forward", "backward", "observe", "pool", "project")
 FEW_ROWS = 8
 """So many rows of a linear map read its weights faster here than in a matrix product by the library."""
-LAST_ARGUMENT = "seed"
-"""Of the backward, which is the one to grow when the operators do: tells a library of older sources."""
+NEWEST_ARGUMENT = "segments"
+"""Of the operators, the one that came last: tells a library of older sources."""
 HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
 
 
@@ -33,6 +33,8 @@ class Masks(NamedTuple):
     after: int | None = None
     lengths: Tensor | None = None
     """(batch)"""
+    segments: Tensor | None = None
+    """(batch, queries and keys): the number of each query, then of each key; those of one number see one another."""
     allowed: Tensor | None = None
     """bool, broadcastable to (batch heads queries keys)"""
     bias: Tensor | None = None
@@ -49,7 +51,8 @@ def _load() -> tuple[Any, str]:
     except OSError as error:
         return None, f"the native kernel does not load ({error}); {HOW_TO_GET_IT}"
     found = [hasattr(torch.ops.sightline, name) for name in OPERATORS]
-    if not all(found) or torch.ops.sightline.backward.default._schema.arguments[-1].name != LAST_ARGUMENT:
+    known = [argument.name for argument in torch.ops.sightline.forward.default._schema.arguments] if all(found) else []
+    if NEWEST_ARGUMENT not in known:
         return None, f"the native kernel was built from older sources; {HOW_TO_GET_IT}"
     library = ctypes.CDLL(str(LIBRARY))
     library.sightline_instructions.restype = ctypes.c_char_p
@@ -177,24 +180,10 @@ def pool(
     The logsumexp of the whole rows is known: (batch heads queries). `position`: how far the window's first query
     stands behind its first key; the masks are those of the window.
     """
-    query, key, _, lengths, allowed, bias, slopes, _, _, _, scale, softcap = _arguments(
-        query, key, key, masks, scale, softcap, None
-    )
+    query, key, _, *tensors, _, _, _, scale, softcap = _arguments(query, key, key, masks, scale, softcap, None)
     before, after = (-1 if limit is None else min(limit, 2**40) for limit in masks[:2])
     return torch.ops.sightline.pool.default(
-        query,
-        key,
-        logsumexp.contiguous(),
-        lengths,
-        allowed,
-        bias,
-        slopes,
-        before,
-        after,
-        scale,
-        softcap,
-        position,
-        block,
+        query, key, logsumexp.contiguous(), *tensors, before, after, scale, softcap, position, block
     )
 
 
@@ -232,17 +221,17 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         output, logsumexp, seed, *tensors = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        to_bias, to_slopes, to_sinks = ctx.needs_input_grad[6:9]
+        to_bias, to_slopes, to_sinks = ctx.needs_input_grad[7:10]
         *by_input, row_sums, by_bias, by_slope = torch.ops.sightline.backward.default(
             grad, output, logsumexp, *tensors, *ctx.numbers, to_bias, to_slopes, ctx.dropout, seed
         )
-        sinks, by_sink = tensors[7], None
+        sinks, by_sink = tensors[8], None
         if to_sinks:
             # A sink has no value: its gradient is its weight times (0 - grad_output . output), over all rows.
             weights = (sinks[:, None] - logsumexp).exp().masked_fill(logsumexp == -torch.inf, 0)
             by_sink = -(weights * row_sums).sum(dim=(0, 2))
         by_mask = (by_bias if to_bias else None, by_slope if to_slopes else None)
-        return None, *by_input, None, None, *by_mask, by_sink, None, None, None, None, None, None
+        return None, *by_input, None, None, None, *by_mask, by_sink, None, None, None, None, None, None
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -261,10 +250,11 @@ def _arguments(
     """The arguments that all operators share, as they take them."""
     longest = query.shape[-2] + key.shape[-2]
     before, after = (-1 if limit is None else min(limit, longest) for limit in masks[:2])
-    lengths, slopes = masks.lengths, masks.slopes
+    lengths, segments, slopes = masks.lengths, masks.segments, masks.slopes
     return (
         *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)),
         None if lengths is None else lengths.to(torch.int64).contiguous(),
+        None if segments is None else segments.to(torch.int64).contiguous(),
         _four_axes(masks.allowed),
         None if masks.bias is None else _four_axes(masks.bias.to(torch.float32)),
         None if slopes is None else slopes.to(torch.float32).contiguous(),
@@ -290,8 +280,8 @@ if _library is not None:
     def _(
         grad_output: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        bias, slopes = rest[2:4]
-        to_bias, to_slopes = rest[9:11]
+        bias, slopes = rest[3:5]
+        to_bias, to_slopes = rest[10:12]
         none = logsumexp.new_empty(0)
         by_input = (_empty_output(t, t) for t in (query, key, value))
         by_mask = (bias.clone() if to_bias else none, slopes.clone() if to_slopes else none)

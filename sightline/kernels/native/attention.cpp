@@ -6,10 +6,11 @@
 #include <atomic>
 #include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "instructions.h"
 #include "problem.h"
-#include "tensors.h"
+#include "segments.h"
 #include "threads.h"
 
 namespace sightline {
@@ -115,11 +116,12 @@ void run_forward(const Call& call, bool seeing) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths,
-                                   const Maybe& allowed, const Maybe& bias, const Maybe& slopes, const Maybe& sinks,
-                                   int64_t before, int64_t after, double scale, double softcap, double dropout,
-                                   const Maybe& seed) {
+                                   const Maybe& segments, const Maybe& allowed, const Maybe& bias,
+                                   const Maybe& slopes, const Maybe& sinks, int64_t before, int64_t after,
+                                   double scale, double softcap, double dropout, const Maybe& seed) {
   Call call = call_of(
       {query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap, dropout, seed});
+  std::vector<int64_t> spans = find_segments(call, segments);
   Tensor output = empty_rows(call.batch, call.heads, call.queries, call.value_width, query.scalar_type());
   Tensor logsumexp = empty({call.batch, call.heads, call.queries});
   call.output = strided(output), call.logsumexp = floats(logsumexp);
@@ -128,10 +130,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths, const Maybe& allowed,
-    const Maybe& bias, const Maybe& slopes, const Maybe& sinks, int64_t before, int64_t after, double scale,
-    double softcap, int64_t top, bool received, int64_t map_block, int64_t sink_keys) {
+    const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& lengths, const Maybe& segments,
+    const Maybe& allowed, const Maybe& bias, const Maybe& slopes, const Maybe& sinks, int64_t before, int64_t after,
+    double scale, double softcap, int64_t top, bool received, int64_t map_block, int64_t sink_keys) {
   Call call = call_of({query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap});
+  std::vector<int64_t> spans = find_segments(call, segments);
   STD_TORCH_CHECK(top >= 0 && map_block >= 0 && sink_keys >= 0, "sightline: top, map_block and sink_keys start at 0");
   int64_t batch = call.batch, heads = call.heads, queries = call.queries;
   Tensor output = empty_rows(batch, heads, queries, call.value_width, query.scalar_type());
@@ -157,9 +160,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 // `position`: how far the window's first query stands behind its first key.
 std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Tensor& logsumexp, const Maybe& lengths,
-                                const Maybe& allowed, const Maybe& bias, const Maybe& slopes, int64_t before,
-                                int64_t after, double scale, double softcap, int64_t position, int64_t block) {
+                                const Maybe& segments, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
+                                int64_t before, int64_t after, double scale, double softcap, int64_t position, int64_t block) {
   Call call = call_of({query, key, key, lengths, allowed, bias, slopes, {}, before, after, scale, softcap});
+  std::vector<int64_t> spans = find_segments(call, segments);
   STD_TORCH_CHECK(block > 0, "sightline: block starts at 1");
   STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
                       logsumexp.numel() == call.batch * call.heads * call.queries,
@@ -178,11 +182,12 @@ std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Te
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Maybe& lengths, const Maybe& allowed, const Maybe& bias, const Maybe& slopes,
-    const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap, bool to_bias, bool to_slopes,
-    double dropout, const Maybe& seed) {
+    const Tensor& value, const Maybe& lengths, const Maybe& segments, const Maybe& allowed, const Maybe& bias,
+    const Maybe& slopes, const Maybe& sinks, int64_t before, int64_t after, double scale, double softcap, bool to_bias,
+    bool to_slopes, double dropout, const Maybe& seed) {
   Call call = call_of(
       {query, key, value, lengths, allowed, bias, slopes, sinks, before, after, scale, softcap, dropout, seed});
+  std::vector<int64_t> spans = find_segments(call, segments);
   for (const Tensor* rows : {&grad_output, &output})
     STD_TORCH_CHECK(rows->is_cpu() && rows->dim() == 4 && rows->scalar_type() == query.scalar_type() &&
                         rows->size(0) == call.batch && rows->size(1) == call.heads && rows->size(2) == call.queries &&
@@ -294,22 +299,22 @@ Tensor project(const Tensor& x, const Tensor& first, const Maybe& first_bias, co
 
 STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
-      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, float dropout=0.0, "
-      "Tensor? seed=None) -> (Tensor, Tensor)");
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? segments, Tensor? allowed, "
+      "Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, "
+      "float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor)");
   library.def(
-      "observe(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? allowed, Tensor? bias, "
-      "Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, int top, bool received, "
-      "int map_block, int sink_keys) -> "
+      "observe(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? segments, Tensor? allowed, "
+      "Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, float scale, float softcap, int top, "
+      "bool received, int map_block, int sink_keys) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "pool(Tensor query, Tensor key, Tensor logsumexp, Tensor? lengths, Tensor? allowed, Tensor? bias, "
-      "Tensor? slopes, int before, int after, float scale, float softcap, int position, int block) -> "
+      "pool(Tensor query, Tensor key, Tensor logsumexp, Tensor? lengths, Tensor? segments, Tensor? allowed, "
+      "Tensor? bias, Tensor? slopes, int before, int after, float scale, float softcap, int position, int block) -> "
       "(Tensor, Tensor)");
   library.def(
       "backward(Tensor grad_output, Tensor output, Tensor logsumexp, Tensor query, Tensor key, Tensor value, "
-      "Tensor? lengths, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, int after, "
-      "float scale, float softcap, bool to_bias, bool to_slopes, float dropout=0.0, Tensor? seed=None) -> "
+      "Tensor? lengths, Tensor? segments, Tensor? allowed, Tensor? bias, Tensor? slopes, Tensor? sinks, int before, "
+      "int after, float scale, float softcap, bool to_bias, bool to_slopes, float dropout=0.0, Tensor? seed=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "project(Tensor x, Tensor first, Tensor? first_bias, Tensor? second, Tensor? second_bias, Tensor? third, "

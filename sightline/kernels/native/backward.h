@@ -21,9 +21,11 @@ constexpr int64_t kBackRows = 8 * kRows;
 constexpr int64_t kBackStride = kBackTile + 16;
 
 // A block of rows as the products want it. "Across": (row group, column, kRowStride), rows interleaved; "along":
-// panels (panel, row, column).
+// panels (panel, row, column). `span`: the keys that some row may see.
 struct RowBlock {
   float *query_across, *grad_across, *query_along, *grad_along;
+  Row* row;
+  int64_t* span;
 };
 
 INLINE int64_t block_first(const Call& call, const BackwardPlan& plan, int64_t i) { return call.queries * i / plan.blocks; }
@@ -35,6 +37,8 @@ static RowBlock carve_rows(Scratch& scratch, const Call& call) {
   rows.grad_across = scratch.floats(groups * call.value_width * kRowStride);
   rows.query_along = scratch.floats(kBackRows * round_up(call.width, kPanel));
   rows.grad_along = scratch.floats(kBackRows * round_up(call.value_width, kPanel));
+  rows.row = (Row*)scratch.indices(kBackRows * (int64_t)(sizeof(Row) / 8));
+  rows.span = scratch.indices(2);
   return rows;
 }
 
@@ -72,6 +76,14 @@ static void pack_row_block(const Call& call, const BackwardPlan& plan, int64_t u
   int64_t first = block_first(call, plan, i), count = block_first(call, plan, i + 1) - first;
   Scratch packed{plan.packed + unit * plan.packed_block};
   RowBlock rows = carve_rows(packed, call);
+  rows.span[0] = call.keys, rows.span[1] = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    Row row = row_of(call, batch, head, first + r);
+    if (call.logsumexp[(batch * call.heads + head) * call.queries + first + r] == -kInfinity) row.start = row.stop = 0;
+    rows.row[r] = row;
+    if (row.start >= row.stop) continue;
+    rows.span[0] = least(rows.span[0], row.start), rows.span[1] = most(rows.span[1], row.stop);
+  }
   const Strided &query = call.query, &grad = call.grad_output, &output = call.output;
   pack_across(call.dtype, query, batch, head, first, count, call.width, call.scale, rows.query_across);
   pack_across(call.dtype, grad, batch, head, first, count, call.value_width, 1.0f, rows.grad_across);
@@ -92,7 +104,6 @@ struct BackScratch {
   float *keys, *values, *keys_along;  // a tile: panels of keys, of the values' keys, of the keys' columns
   float *grad_keys, *grad_values;     // (key, padded width)
   float *weights, *grad_scores, *cap; // (row, kBackStride)
-  Row* row;
 };
 
 static BackScratch carve_back(Scratch& scratch, const Call& call) {
@@ -105,7 +116,6 @@ static BackScratch carve_back(Scratch& scratch, const Call& call) {
   own.weights = scratch.floats(kBackRows * kBackStride);
   own.grad_scores = scratch.floats(kBackRows * kBackStride);
   own.cap = scratch.floats(call.softcap > 0 ? kBackRows * kBackStride : 0);
-  own.row = (Row*)scratch.indices(kBackRows * (int64_t)(sizeof(Row) / 8));
   return own;
 }
 
@@ -175,16 +185,15 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
   int64_t groups = row_groups_of(rows), at = (batch * call.heads + head) * call.queries + query;
   Scratch packed{plan.packed + ((batch * call.heads + head) * plan.blocks + i) * plan.packed_block};
   RowBlock block = carve_rows(packed, call);
+  if (block.span[1] <= first || block.span[0] >= first + count) return;
   int64_t wide = round_up(call.width, kLanes);
   int64_t begin = kBackTile, end = 0, from = rows, to = 0;  // keys and rows that meet
   for (int64_t g = 0; g < groups; ++g) {
     int64_t top = rows * g / groups, height = rows * (g + 1) / groups - top, left = kBackTile, right = 0;
     for (int64_t r = top; r < top + height; ++r) {
-      Row row = row_of(call, batch, head, query + r);
-      if (call.logsumexp[at + r] == -kInfinity) row.start = row.stop = 0;
-      int64_t start = most(0, row.start - first), stop = least(count, row.stop - first);
-      if (start < stop) left = least(left, start), right = most(right, stop);
-      own.row[r] = row;
+      int64_t start = most(0, block.row[r].start - first), stop = least(count, block.row[r].stop - first);
+      if (start >= stop || (hides_keys(call) && !any_seen(call, batch, block.row[r], first, start, stop))) continue;
+      left = least(left, start), right = most(right, stop);
     }
     float* weights = own.weights + top * kBackStride;
     float* grads = own.grad_scores + top * kBackStride;
@@ -204,7 +213,7 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
     for (int64_t r = 0; r < height; ++r) {
       float *line = weights + r * kBackStride, *grad = grads + r * kBackStride;
       if (left < right)
-        differentiate_row(call, batch, own.row[top + r], first, left, right, call.logsumexp[at + top + r],
+        differentiate_row(call, batch, block.row[top + r], first, left, right, call.logsumexp[at + top + r],
                           call.row_sums[at + top + r], line, grad, own.cap + (top + r) * kBackStride, to_slope);
       for (int64_t k = 0; k < left; ++k) line[k] = grad[k] = 0;
       for (int64_t k = right; k < kBackTile; ++k) line[k] = grad[k] = 0;

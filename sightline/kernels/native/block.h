@@ -4,8 +4,8 @@
 
 #include "direct.h"
 #include "dropout.h"
+#include "largest.h"
 #include "microkernel.h"
-#include "softmax.h"
 
 namespace sightline {
 namespace {
@@ -116,11 +116,11 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
   const Row* row = block.row + begin;
   Columns seen = seen_columns(block, row_group, tile);
   bool any = seen.begin < seen.end;
-  if (any && call.allowed.data) {
+  if (any && hides_keys(call)) {
     any = false;
     for (int64_t r = 0; r < count && !any; ++r)
-      any = any_allowed(call, block.batch, row[r], first, most(0, row[r].start - first),
-                        least(kTile, row[r].stop - first));
+      any = any_seen(call, block.batch, row[r], first, most(0, row[r].start - first),
+                     least(kTile, row[r].stop - first));
   }
   if (!any) {
     for (int64_t r = 0; used && r < count; ++r) used[begin + r] = kInfinity;
@@ -154,12 +154,15 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     for (int64_t k = left; k < start; ++k) line[k] = -kInfinity;
     for (int64_t k = stop; k < right; ++k) line[k] = -kInfinity;
     Maxima maxima = lane_maxima(line, left, right);
-    float largest = max_lanes(max(maxima.even, maxima.odd));
+    float largest = max_lanes(max(max(maxima.of[0], maxima.of[1]), max(maxima.of[2], maxima.of[3])));
     if constexpr (kSeeing) {
       float* best = state.top_scores + (begin + r) * call.top;
       if (call.top && largest > best[call.top - 1]) {
         float floor = best[call.top - 1] == -kInfinity ? floor_of(maxima, call.top) : -kInfinity;
-        keep_top(line, left, right, first, floor, best, state.top_keys + (begin + r) * call.top, call.top);
+        int32_t* keys_of_best = state.top_keys + (begin + r) * call.top;
+        if (call.top <= 8) keep_top<8>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
+        else if (call.top <= 16) keep_top<16>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
+        else keep_many(line, left, right, first, best, keys_of_best, call.top);
       }
     }
     was[r] = state.largest[begin + r];

@@ -48,11 +48,12 @@ static void finish_rows(Block& block) {
     call.entropy[at] = entropy < 0 ? 0 : entropy;
     call.distance[at] = sum_lanes(load(state.distance + r * kLanes)) * shrink * inverse;
     call.sink[at] = state.sink[r] * shrink * inverse;
-    for (int64_t i = 0; i < call.top; ++i) {
-      int32_t key = state.top_keys[r * call.top + i];
-      call.top_keys[at * call.top + i] = key;
-      call.top_weights[at * call.top + i] =
-          key < 0 ? 0 : exp(state.top_scores[r * call.top + i] - largest) * inverse;
+    for (int64_t i = 0; i < call.top; ++i) call.top_keys[at * call.top + i] = state.top_keys[r * call.top + i];
+    for (int64_t i = 0; i < call.top; i += kLanes) {
+      int some = (int)least(kLanes, call.top - i);
+      V score = load_some(state.top_scores + r * call.top + i, some);
+      V weight = mul(exp(sub(score, splat(largest))), splat(inverse));
+      store_some(call.top_weights + at * call.top + i, where_less(splat(-kInfinity), score, weight, zero()), some);
     }
   }
 }
@@ -78,18 +79,48 @@ static void pool(const Call& call, int64_t at, int64_t first, int64_t begin, int
   }
 }
 
-// One row group's numbers against one tile, `weights` of (row, key), become weights by a factor a row, and are added to
-// what each key received and to the map. `received` belongs to the rows' first head; rows of later heads follow
-// `next_head` floats on.
-static void add_weights(Block& block, int64_t row_group, int64_t tile, const Columns& seen, const float* weights,
-                        const float* factor, float* received, int64_t next_head) {
+// What rows of one head, and of one row of the map, give to the keys [left, right) of a tile.
+struct Given {
+  int64_t head, map_row, left, right;
+  float sums[kTile + kLanes], largest[kTile + kLanes];
+};
+
+// Adds it to what each key received and to the map. `received` belongs to the block's first head; those of later heads
+// follow `next_head` floats on.
+static void give(const Block& block, int64_t tile, Given& given, float* received, int64_t next_head) {
   const Call& call = block.call;
-  int64_t map_rows = call.map_block ? (call.queries + call.map_block - 1) / call.map_block : 0;
-  int64_t map_columns = call.map_block ? (call.keys + call.map_block - 1) / call.map_block : 0;
+  int64_t left = given.left, stop = least(given.right, call.keys - tile * kTile);
+  given.left = given.right = 0;
+  if (left >= stop) return;
+  if (received) {
+    float* to = received + (given.head - block.head) * next_head + tile * kTile;
+    int64_t k = left;
+    for (; k + kLanes <= stop; k += kLanes) store(to + k, add(load(to + k), load(given.sums + k)));
+    for (; k < stop; ++k) to[k] += given.sums[k];
+  }
+  if (call.map_block) {
+    int64_t map_rows = (call.queries + call.map_block - 1) / call.map_block;
+    int64_t map_columns = (call.keys + call.map_block - 1) / call.map_block;
+    int64_t at = ((block.batch * call.heads + given.head) * map_rows + given.map_row) * map_columns;
+    pool(call, at, tile * kTile, left, stop, given.sums, given.largest);
+  }
+}
+
+// Makes room for more keys of the tile.
+static void make_room(Given& given, int64_t left, int64_t right) {
+  if (given.left == given.right) given.left = given.right = left;
+  clear(given.sums + left, given.left - left), clear(given.largest + left, given.left - left);
+  clear(given.sums + given.right, right - given.right), clear(given.largest + given.right, right - given.right);
+  given.left = least(given.left, left), given.right = most(given.right, right);
+}
+
+// One row group's numbers against one tile, `weights` of (row, key), become weights by a factor a row, and are added to
+// what is given; where head or map row change, that is passed on.
+static void add_weights(const Block& block, int64_t row_group, int64_t tile, const Columns& seen, const float* weights,
+                        const float* factor, Given& given, float* received, int64_t next_head) {
+  const Call& call = block.call;
   int64_t begin = first_of(block, row_group), end = first_of(block, row_group + 1);
   int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
-  int64_t stop = least(right, call.keys - tile * kTile);
-  float sums[kTile + kLanes], largest[kTile + kLanes];
   for (int64_t r = begin, count; r < end; r += count) {
     // Rows [r, r + count) are of one head, and of one row of the map.
     int64_t head = block.row[r].head, map_row = call.map_block ? block.row[r].query / call.map_block : 0;
@@ -97,26 +128,19 @@ static void add_weights(Block& block, int64_t row_group, int64_t tile, const Col
       const Row& row = block.row[r + count];
       if (row.head != head || (call.map_block && row.query / call.map_block != map_row)) break;
     }
+    if (head != given.head || map_row != given.map_row) give(block, tile, given, received, next_head);
+    given.head = head, given.map_row = map_row;
+    make_room(given, left, right);
     const float *line = weights + (r - begin) * kTile, *times = factor + (r - begin);
     for (int64_t k = left; k < right; k += kLanes) {
-      V sum = zero(), most_seen = zero();
+      V sum = load(given.sums + k), most_seen = load(given.largest + k);
       for (int64_t i = 0; i < count; ++i) {
         V weight = mul(load(line + i * kTile + k), splat(times[i]));
         sum = add(sum, weight);
         most_seen = max(most_seen, weight);
       }
-      store(sums + k, sum);
-      store(largest + k, most_seen);
-    }
-    if (received) {
-      float* to = received + (head - block.head) * next_head + tile * kTile;
-      int64_t k = left;
-      for (; k + kLanes <= stop; k += kLanes) store(to + k, add(load(to + k), load(sums + k)));
-      for (; k < stop; ++k) to[k] += sums[k];
-    }
-    if (call.map_block) {
-      int64_t at = ((block.batch * call.heads + head) * map_rows + map_row) * map_columns;
-      pool(call, at, tile * kTile, left, stop, sums, largest);
+      store(given.sums + k, sum);
+      store(given.largest + k, most_seen);
     }
   }
 }
@@ -125,7 +149,8 @@ static void add_weights(Block& block, int64_t row_group, int64_t tile, const Col
 static void distribute(Block& block, int64_t from, int64_t to, const float* strip, const float* used, float* received,
                        int64_t next_head) {
   const State& state = block.state;
-  for (int64_t tile = from; tile < to; ++tile)
+  Given given = {};
+  for (int64_t tile = from; tile < to; ++tile) {
     for (int64_t g = 0; g < block.row_groups; ++g) {
       Columns seen = seen_columns(block, g, tile);
       int64_t begin = first_of(block, g), end = first_of(block, g + 1);
@@ -135,8 +160,10 @@ static void distribute(Block& block, int64_t from, int64_t to, const float* stri
       for (int64_t r = begin; r < end; ++r)
         factor[r - begin] = state.inverse[r] == 0 ? 0 : exp(used_here[r] - state.largest[r]) * state.inverse[r];
       const float* weights = strip + (tile - from) * strip_tile(block.rows) + g * kRows * kTile;
-      add_weights(block, g, tile, seen, weights, factor, received, next_head);
+      add_weights(block, g, tile, seen, weights, factor, given, received, next_head);
     }
+    give(block, tile, given, received, next_head);
+  }
 }
 
 static void clear_map(const Call& call, int64_t batch, int64_t head, int64_t first_query, int64_t last_query) {

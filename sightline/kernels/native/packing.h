@@ -43,6 +43,25 @@ static void transpose(const V (&in)[kLanes], float* out, int64_t out_row) {
     store(out + (j + 8) * out_row, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
     store(out + (j + 12) * out_row, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
   }
+#elif defined(__AVX2__)
+  V a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    store(out + j * out_row, _mm256_permute2f128_ps(b[j], b[4 + j], 0x20));
+    store(out + (j + 4) * out_row, _mm256_permute2f128_ps(b[j], b[4 + j], 0x31));
+  }
 #else
   float square[kLanes][kLanes];
   for (int i = 0; i < kLanes; ++i) store(square[i], in[i]);

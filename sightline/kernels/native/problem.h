@@ -30,6 +30,8 @@ struct Call {
   int64_t before, after;   // kNone: no limit
   int64_t position;        // of the first query, where key 0 is 0: keys - queries, but in a window
   const int64_t* lengths;  // (batch)
+  const int64_t* spans;    // (batch queries 2): from the first key of a query's segment to behind its last
+  const int64_t* segments; // (batch, queries and keys): their numbers, where other segments stand within a span
   Strided allowed;         // bytes, 0 or 1
   Strided bias;            // float
   const float* slopes;     // (heads)

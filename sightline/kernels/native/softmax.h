@@ -81,15 +81,31 @@ static Row row_of(const Call& call, int64_t batch, int64_t head, int64_t row) {
   r.start = call.before == kNone ? 0 : most(0, r.position - call.before);
   r.stop = call.after == kNone ? call.keys : least(call.keys, r.position + call.after + 1);
   if (call.lengths) r.stop = least(r.stop, call.lengths[batch]);
+  if (call.spans) {
+    const int64_t* span = call.spans + 2 * (batch * call.queries + r.query);
+    r.start = most(r.start, span[0]), r.stop = least(r.stop, span[1]);
+  }
   if (r.stop <= r.start) r.start = r.stop = 0;
   return r;
 }
 
+INLINE bool hides_keys(const Call& call) { return call.allowed.data || call.segments; }  // within [start, stop)
 INLINE bool shapes_scores(const Call& call) {
-  return call.softcap > 0 || call.slopes || call.bias.data || call.allowed.data;
+  return call.softcap > 0 || call.slopes || call.bias.data || hides_keys(call);
 }
 
-// Soft cap, bias, slopes and `allowed` on the scores of one row, for keys first + [begin, end).
+// The numbers of a row's keys, from key 0 on, and its own.
+struct Segment {
+  const int64_t* of;
+  int64_t own;
+};
+
+INLINE Segment segment_of(const Call& call, int64_t batch, const Row& row) {
+  const int64_t* numbers = call.segments + batch * (call.queries + call.keys);
+  return {numbers + call.queries, numbers[row.query]};
+}
+
+// Soft cap, bias, slopes, `allowed` and segments on the scores of one row, for keys first + [begin, end).
 static void shape_row(const Call& call, int64_t batch, const Row& row, int64_t first, int64_t begin, int64_t end,
                       float* scores) {
   if (call.softcap > 0)
@@ -116,10 +132,20 @@ static void shape_row(const Call& call, int64_t batch, const Row& row, int64_t f
     if (allowed.column == 1) for (int64_t k = begin; k < end; ++k) scores[k] = from[k] ? scores[k] : -kInfinity;
     else for (int64_t k = begin; k < end; ++k) scores[k] = from[k * allowed.column] ? scores[k] : -kInfinity;
   }
+  if (call.segments) {
+    Segment segment = segment_of(call, batch, row);
+    for (int64_t k = begin; k < end; ++k) scores[k] = segment.of[first + k] == segment.own ? scores[k] : -kInfinity;
+  }
 }
 
-// Whether `allowed` lets any key first + [begin, end) be seen by the row.
-static bool any_allowed(const Call& call, int64_t batch, const Row& row, int64_t first, int64_t begin, int64_t end) {
+// Whether `allowed` and segments, each for itself, let any key first + [begin, end) be seen by the row.
+static bool any_seen(const Call& call, int64_t batch, const Row& row, int64_t first, int64_t begin, int64_t end) {
+  if (call.segments) {
+    Segment segment = segment_of(call, batch, row);
+    bool own = false;
+    for (int64_t k = begin; k < end; ++k) own |= segment.of[first + k] == segment.own;
+    if (!own || !call.allowed.data) return own;
+  }
   const Strided& allowed = call.allowed;
   const uint8_t* from = (const uint8_t*)allowed.data + batch * allowed.batch + row.head * allowed.head;
   from += row.query * allowed.row + first * allowed.column;
@@ -128,118 +154,6 @@ static bool any_allowed(const Call& call, int64_t batch, const Row& row, int64_t
   if (allowed.column == 1) for (int64_t k = begin; k < end; ++k) any |= from[k];
   else for (int64_t k = begin; k < end; ++k) any |= from[k * allowed.column];
   return any;
-}
-
-// Puts a score above the last into a list of the largest in falling order. Keys come in rising order, so a tie stays
-// behind the lower key.
-INLINE void keep(float* scores, int32_t* keys, int64_t top, float score, int32_t key) {
-  int64_t place = top - 1;
-  for (; place > 0 && scores[place - 1] < score; --place) {
-    scores[place] = scores[place - 1];
-    keys[place] = keys[place - 1];
-  }
-  scores[place] = score;
-  keys[place] = key;
-}
-
-// The scores [begin, end) of a row, of keys first + [begin, end), against its list. `floor` is a score that at least
-// `top` of them reach, or -infinity: it spares an empty list most of its insertions.
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, float floor, float* best,
-                     int32_t* keys, int64_t top) {
-#if defined(__AVX512F__)
-  // The list stays in two registers: what is smaller than the new score moves up by a lane, without a branch.
-  if (top <= kLanes) {
-    const __m512i from_below = _mm512_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14);
-    const __m512i last = _mm512_set1_epi32((int)top - 1);
-    const __mmask16 all = (__mmask16)((1u << top) - 1);
-    V list = _mm512_mask_loadu_ps(splat(-kInfinity), all, best), bar = _mm512_permutexvar_ps(last, list);
-    __m512i list_keys = _mm512_maskz_loadu_epi32(all, keys);
-    for (int64_t k = begin; k < end; k += kLanes) {
-      V score = load(scores + k);
-      unsigned high = _mm512_cmp_ps_mask(score, splat(floor), _CMP_GE_OQ);
-      for (unsigned over = greater(score, bar) & high; over;) {
-        int lane = __builtin_ctz(over);
-        V x = splat(scores[k + lane]);
-        __mmask16 less = _mm512_cmp_ps_mask(list, x, _CMP_LT_OQ), place = (__mmask16)(less & -less);
-        list = _mm512_mask_permutexvar_ps(list, less, from_below, list);
-        list_keys = _mm512_mask_permutexvar_epi32(list_keys, less, from_below, list_keys);
-        list = _mm512_mask_mov_ps(list, place, x);
-        list_keys = _mm512_mask_set1_epi32(list_keys, place, (int)(first + k + lane));
-        bar = _mm512_permutexvar_ps(last, list);
-        over = greater(score, bar) & high & (~1u << lane);
-      }
-    }
-    _mm512_mask_storeu_ps(best, all, list);
-    _mm512_mask_storeu_epi32(keys, all, list_keys);
-    return;
-  }
-#endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  // As above, in one register of 8: what is smaller moves up by a lane.
-  if (top <= kLanes) {
-    const __m256i from_below = _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6);
-    const __m256i not_first = _mm256_setr_epi32(0, -1, -1, -1, -1, -1, -1, -1);
-    const __m256i last = _mm256_set1_epi32((int)top - 1), all = first_lanes((int)top);
-    V list = _mm256_blendv_ps(splat(-kInfinity), _mm256_maskload_ps(best, all), _mm256_castsi256_ps(all));
-    V bar = _mm256_permutevar8x32_ps(list, last);
-    __m256i list_keys = _mm256_maskload_epi32(keys, all);
-    for (int64_t k = begin; k < end; k += kLanes) {
-      V score = load(scores + k);
-      unsigned high = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(score, splat(floor), _CMP_GE_OQ));
-      for (unsigned over = greater(score, bar) & high; over;) {
-        int lane = __builtin_ctz(over);
-        V x = splat(scores[k + lane]);
-        V less = _mm256_cmp_ps(list, x, _CMP_LT_OQ);
-        __m256i smaller = _mm256_castps_si256(less);
-        // Its place is the first smaller lane.
-        __m256i below = _mm256_and_si256(_mm256_permutevar8x32_epi32(smaller, from_below), not_first);
-        __m256i place = _mm256_andnot_si256(below, smaller);
-        V moved = _mm256_blendv_ps(_mm256_permutevar8x32_ps(list, from_below), x, _mm256_castsi256_ps(place));
-        __m256i key = _mm256_set1_epi32((int)(first + k + lane));
-        __m256i moved_keys = _mm256_blendv_epi8(_mm256_permutevar8x32_epi32(list_keys, from_below), key, place);
-        list = _mm256_blendv_ps(list, moved, less);
-        list_keys = _mm256_blendv_epi8(list_keys, moved_keys, smaller);
-        bar = _mm256_permutevar8x32_ps(list, last);
-        over = greater(score, bar) & high & (~1u << lane);
-      }
-    }
-    _mm256_maskstore_ps(best, all, list);
-    _mm256_maskstore_epi32(keys, all, list_keys);
-    return;
-  }
-#endif
-  for (int64_t k = begin; k < end; k += kLanes)
-    for (unsigned over = greater(load(scores + k), splat(best[top - 1])); over; over &= over - 1) {
-      int lane = __builtin_ctz(over);
-      float score = scores[k + lane];
-      if (score > best[top - 1] && score >= floor) keep(best, keys, top, score, (int32_t)(first + k + lane));
-    }
-}
-
-// The largest scores of the even vectors and of the odd ones, lane by lane; [begin, end) is whole panels.
-struct Maxima {
-  V even, odd;
-};
-
-static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
-  V even = splat(-kInfinity), odd = even;
-  for (int64_t k = begin; k < end; k += kPanel) {
-    even = max(even, load(scores + k));
-    odd = max(odd, load(scores + k + kLanes));
-  }
-  return {even, odd};
-}
-
-// A score that at least `top` scores reach: the least of as many maxima, where there are as many.
-static float floor_of(const Maxima& maxima, int64_t top) {
-  float each[2 * kLanes], least_of_them = kInfinity;
-  store(each, maxima.even), store(each + kLanes, maxima.odd);
-  int64_t count = 2 * kLanes;
-  if (top > count) return -kInfinity;
-  for (; count / 2 >= top; count /= 2)
-    for (int64_t i = 0; i < count / 2; ++i) each[i] = each[i] > each[i + count / 2] ? each[i] : each[i + count / 2];
-  for (int64_t i = 0; i < count; ++i) least_of_them = each[i] < least_of_them ? each[i] : least_of_them;
-  return least_of_them;
 }
 
 struct Sums {

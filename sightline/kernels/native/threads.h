@@ -7,22 +7,30 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "moats.h"
 
 namespace sightline {
 
 // Scratch that a thread keeps between calls, as long as it is not large: a page fault a call costs more than the call.
+// Much of it is asked for in huge pages, where the system gives them: fewer faults, and fewer addresses to look up.
 class Arena {
  public:
   float* floats(int64_t count) {
-    size_t bytes = ((size_t)count * sizeof(float) + 4095) / 4096 * 4096;
+    size_t page = (size_t)count * sizeof(float) > kHugePage / 2 ? kHugePage : 4096;
+    size_t bytes = ((size_t)count * sizeof(float) + page - 1) / page * page;
     if (bytes > size_) {
       free(data_);
       data_ = nullptr, size_ = 0;
-      data_ = (float*)aligned_alloc(4096, bytes);
+      data_ = (float*)aligned_alloc(page, bytes);
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
+#if defined(MADV_HUGEPAGE)
+      if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
     }
     dig_moat(data_, count, (int64_t)(size_ / sizeof(float)));
     return data_;
@@ -35,7 +43,7 @@ class Arena {
   ~Arena() { free(data_); }
 
  private:
-  static constexpr size_t kKept = size_t{32} << 20;
+  static constexpr size_t kKept = size_t{64} << 20, kHugePage = size_t{2} << 20;
   float* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -60,6 +60,7 @@ static void pool_window(const Call& call, int64_t unit, float* at) {
   tile_range(block, from, to);
   float ones[kRows];
   for (float& one : ones) one = 1;
+  Given given = {};
   const float* logsumexp = call.logsumexp + (batch * call.heads + head) * call.queries + begin;
   for (int64_t tile = from; tile < to; ++tile) {
     int64_t first = tile * kTile;
@@ -74,8 +75,9 @@ static void pool_window(const Call& call, int64_t unit, float* at) {
                                         call.width, scores + left, kTile, right - left);
       for (int64_t r = 0; r < count; ++r)
         weigh_row(call, batch, block.row[top + r], first, left, right, logsumexp[top + r], scores + r * kTile);
-      add_weights(block, g, tile, seen, scores, ones, nullptr, 0);
+      add_weights(block, g, tile, seen, scores, ones, given, nullptr, 0);
     }
+    give(block, tile, given, nullptr, 0);
   }
 }
 

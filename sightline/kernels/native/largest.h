@@ -1,0 +1,145 @@
+// A row's largest scores, exact, in falling order; of equal ones those of the lower keys. A tile's scores meet the list
+// only where a quarter of them holds one that belongs there.
+#pragma once
+
+#include "softmax.h"
+
+namespace sightline {
+namespace {
+
+// Puts a score above the last into a list of the largest in falling order. Keys come in rising order, so a tie stays
+// behind the lower key.
+INLINE void keep(float* scores, int32_t* keys, int64_t top, float score, int32_t key) {
+  int64_t place = top - 1;
+  for (; place > 0 && scores[place - 1] < score; --place) {
+    scores[place] = scores[place - 1];
+    keys[place] = keys[place - 1];
+  }
+  scores[place] = score;
+  keys[place] = key;
+}
+
+constexpr int64_t kChunk = kTile / 4;  // keys that are passed over together, where none is among a row's largest
+
+// The largest scores of each chunk of a tile, lane by lane.
+struct Maxima {
+  V of[4];
+};
+
+// [begin, end) is whole panels.
+static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
+  Maxima maxima;
+  for (V& chunk : maxima.of) chunk = splat(-kInfinity);
+  for (int64_t k = begin; k < end;) {
+    V even = splat(-kInfinity), odd = even;
+    int64_t chunk = k / kChunk, stop = least(end, (chunk + 1) * kChunk);
+    for (; k < stop; k += kPanel) {
+      even = max(even, load(scores + k));
+      odd = max(odd, load(scores + k + kLanes));
+    }
+    maxima.of[chunk] = max(even, odd);
+  }
+  return maxima;
+}
+
+typedef int32_t Counts __attribute__((vector_size(4 * kLanes)));
+
+// A score that at least `top` scores reach: of the maxima of as many sets of keys as two vectors have lanes, the
+// `top`-th largest. -infinity where there are not so many.
+static float floor_of(const Maxima& maxima, int64_t top) {
+  if (top > 2 * kLanes) return -kInfinity;
+  V sets[2] = {max(maxima.of[0], maxima.of[2]), max(maxima.of[1], maxima.of[3])}, reached = splat(-kInfinity);
+  float each[2 * kLanes];
+  store(each, sets[0]), store(each + kLanes, sets[1]);
+  Counts above[2] = {};
+  for (float x : each)
+    for (int i = 0; i < 2; ++i) above[i] -= (Counts)(splat(x) > sets[i]);
+  for (int i = 0; i < 2; ++i) {
+    Counts among = (Counts)(above[i] < Counts{} + (int32_t)top);
+    V or_infinity = (V)(((Counts)sets[i] & among) | ((Counts)splat(kInfinity) & ~among));
+    reached = max(reached, sub(zero(), or_infinity));
+  }
+  return -max_lanes(reached);
+}
+
+// A row's list of at most kMost scores in falling order, and behind it scores that wait to be sorted in: one at a time
+// they would wait for one another, and for branches that nobody can predict.
+template <int kMost>
+struct Largest {
+  float score[2 * kMost];
+  int32_t key[2 * kMost];
+  int64_t count;
+
+  // Everything goes to its rank: how many are larger, or equal and of a lower key. Keys come in rising order.
+  void sort(int64_t top) {
+    constexpr int kVectors = 2 * kMost / kLanes;
+    Counts rank[kVectors] = {}, place[kVectors];
+    for (int i = 0; i < 2 * kMost; ++i) place[i / kLanes][i % kLanes] = i;
+    for (int64_t j = 0; j < count; ++j) {
+      V x = splat(score[j]);
+      Counts here = Counts{} + (int32_t)j;
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        V own = load(score + i * kLanes);
+        rank[i] -= (Counts)(x > own) | ((Counts)(x == own) & (Counts)(here < place[i]));
+      }
+    }
+    int32_t to[2 * kMost], keys[2 * kMost];
+    float scores[2 * kMost];
+    __builtin_memcpy(to, rank, sizeof to);
+    for (int64_t i = 0; i < count; ++i) scores[to[i]] = score[i], keys[to[i]] = key[i];
+    __builtin_memcpy(score, scores, sizeof(float) * kMost);
+    __builtin_memcpy(key, keys, sizeof(int32_t) * kMost);
+    count = top;
+  }
+};
+
+// At most kMost numbers; as many need no call.
+template <int kMost, typename T>
+INLINE void copy_list(T* to, const T* from, int64_t top) {
+  if (top == kMost) __builtin_memcpy(to, from, sizeof(T) * kMost);
+  else __builtin_memcpy(to, from, sizeof(T) * (size_t)top);
+}
+
+// The scores [begin, end) of a row, of keys first + [begin, end), against its list. `floor` is a score that at least
+// `top` of them reach, or -infinity: it spares an empty list most of what would pass through.
+template <int kMost>
+static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima& maxima, float floor,
+                     float* best, int32_t* keys, int64_t top) {
+  Largest<kMost> list;
+  for (int i = 0; i < 2 * kMost; i += kLanes) store(list.score + i, splat(-kInfinity));
+  copy_list<kMost>(list.score, best, top), copy_list<kMost>(list.key, keys, top);
+  list.count = top;
+  float bar = best[top - 1];
+  for (int64_t k = begin, stop; k < end; k = stop) {
+    int64_t chunk = k / kChunk;
+    stop = least(end, (chunk + 1) * kChunk);
+    if (!greater(maxima.of[chunk], splat(bar))) continue;
+    uint64_t over = 0;
+    for (int64_t i = k; i < stop; i += kLanes) {
+      V x = load(scores + i);
+      over |= (uint64_t)(greater(x, splat(bar)) & ~greater(splat(floor), x)) << (i - chunk * kChunk);
+    }
+    for (; over; over &= over - 1) {
+      int64_t at = chunk * kChunk + __builtin_ctzll(over);
+      if (!(scores[at] > bar)) continue;
+      list.score[list.count] = scores[at], list.key[list.count++] = (int32_t)(first + at);
+      if (list.count == 2 * kMost) list.sort(top), bar = list.score[top - 1];
+    }
+  }
+  if (list.count > top) list.sort(top);
+  copy_list<kMost>(best, list.score, top), copy_list<kMost>(keys, list.key, top);
+}
+
+// As keep_top, for a list of any length.
+static void keep_many(const float* scores, int64_t begin, int64_t end, int64_t first, float* best, int32_t* keys,
+                      int64_t top) {
+  for (int64_t k = begin; k < end; k += kLanes)
+    for (unsigned over = greater(load(scores + k), splat(best[top - 1])); over; over &= over - 1) {
+      int lane = __builtin_ctz(over);
+      if (scores[k + lane] > best[top - 1]) keep(best, keys, top, scores[k + lane], (int32_t)(first + k + lane));
+    }
+}
+
+}  // namespace
+}  // namespace sightline
