@@ -26,18 +26,24 @@ struct Maxima {
   V of[4];
 };
 
-// [begin, end) is whole panels.
+// Of whole panels.
+INLINE V largest_lanes(const float* scores, int64_t count) {
+  V even = splat(-kInfinity), odd = even;
+  for (int64_t k = 0; k < count; k += kPanel) {
+    even = max(even, load(scores + k));
+    odd = max(odd, load(scores + k + kLanes));
+  }
+  return max(even, odd);
+}
+
 static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
   Maxima maxima;
   for (V& chunk : maxima.of) chunk = splat(-kInfinity);
-  for (int64_t k = begin; k < end;) {
-    V even = splat(-kInfinity), odd = even;
-    int64_t chunk = k / kChunk, stop = least(end, (chunk + 1) * kChunk);
-    for (; k < stop; k += kPanel) {
-      even = max(even, load(scores + k));
-      odd = max(odd, load(scores + k + kLanes));
-    }
-    maxima.of[chunk] = max(even, odd);
+  for (int64_t k = begin, stop; k < end; k = stop) {
+    int64_t chunk = k / kChunk;
+    stop = least(end, (chunk + 1) * kChunk);
+    bool whole = stop - k == kChunk;  // a count that the compiler knows
+    maxima.of[chunk] = whole ? largest_lanes(scores + k, kChunk) : largest_lanes(scores + k, stop - k);
   }
   return maxima;
 }
