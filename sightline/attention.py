@@ -18,7 +18,7 @@ from sightline.shapes import ShapeError, shaped
 
 Implementation = Literal["auto", "reference", "tiled", "sdpa", "cpu", "triton"]
 
-SMALL_PRODUCT = 2**18
+SMALL_PRODUCT = 2**17
 """Up to this many multiply-adds for all scores, PyTorch's SDPA costs less to call in float32, if it needs no mask."""
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)

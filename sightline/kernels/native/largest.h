@@ -72,8 +72,8 @@ static float floor_of(const Maxima& maxima, int64_t top) {
 // they would wait for one another, and for branches that nobody can predict.
 template <int kMost>
 struct Largest {
-  float score[2 * kMost];
-  int32_t key[2 * kMost];
+  float room[2][2 * kMost], *score = room[0];
+  int32_t key_room[2][2 * kMost], *key = key_room[0];
   int64_t count;
 
   // Everything goes to its rank: how many are larger, or equal and of a lower key. Keys come in rising order.
@@ -90,13 +90,12 @@ struct Largest {
         rank[i] -= (Counts)(x > own) | ((Counts)(x == own) & (Counts)(here < place[i]));
       }
     }
-    int32_t to[2 * kMost], keys[2 * kMost];
-    float scores[2 * kMost];
+    int32_t to[2 * kMost];
     __builtin_memcpy(to, rank, sizeof to);
+    float* scores = score == room[0] ? room[1] : room[0];
+    int32_t* keys = key == key_room[0] ? key_room[1] : key_room[0];
     for (int64_t i = 0; i < count; ++i) scores[to[i]] = score[i], keys[to[i]] = key[i];
-    __builtin_memcpy(score, scores, sizeof(float) * kMost);
-    __builtin_memcpy(key, keys, sizeof(int32_t) * kMost);
-    count = top;
+    score = scores, key = keys, count = top;
   }
 };
 
@@ -113,7 +112,8 @@ template <int kMost>
 static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima& maxima, float floor,
                      float* best, int32_t* keys, int64_t top) {
   Largest<kMost> list;
-  for (int i = 0; i < 2 * kMost; i += kLanes) store(list.score + i, splat(-kInfinity));
+  for (auto& room : list.room)
+    for (int i = 0; i < 2 * kMost; i += kLanes) store(room + i, zero());
   copy_list<kMost>(list.score, best, top), copy_list<kMost>(list.key, keys, top);
   list.count = top;
   float bar = best[top - 1];
