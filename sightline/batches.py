@@ -108,6 +108,14 @@ def batch(
     >>> inputs.shape, bool((targets == inputs + 1).all())
     (torch.Size([2, 5]), True)
     """
+    starts = window_starts(tokens, step=step, seed=seed, batch=batch, context=context, part=part)
+    return _pair(tokens.ids[starts[:, None] + np.arange(context + 1)])
+
+
+def window_starts(
+    tokens: TokenFile, *, step: int, seed: int, batch: int, context: int, part: tuple[int, int] = (0, 1)
+) -> np.ndarray:
+    """Where the windows of a `batch` of the same arguments begin."""
     _check(tokens, batch=batch, context=context)
     if step < 0 or seed < 0:
         raise ValueError(f"step and seed must be 0 or more, got step={step}, seed={seed}")
@@ -115,8 +123,7 @@ def batch(
     if not 0 <= index < parts <= batch:
         raise ValueError(f"expected part {index} of {parts} parts of a batch of {batch}: each has a window at least")
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - context, size=batch)
-    starts = starts[batch * index // parts : batch * (index + 1) // parts]
-    return _pair(tokens.ids[starts[:, None] + np.arange(context + 1)])
+    return starts[batch * index // parts : batch * (index + 1) // parts]
 
 
 def windows(tokens: TokenFile, *, context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -29,7 +29,7 @@ Format = Literal["sightline", "huggingface"]
 Model = Decoder | EncoderDecoder
 """What can be saved."""
 FORMAT = 1
-_SINCE_0_3 = {"norm_epsilon", "rotary_scaling", "window_before", "query_key_value_bias"}
+_SINCE = {"norm_epsilon", "rotary_scaling", "window_before", "query_key_value_bias", "counts", "pointer"}
 """Settings that older checkpoints lack: their defaults say what was so before."""
 STEP_FOLDER = re.compile(r"step-\d+")
 TEMPORARY = ".writing-"
@@ -272,7 +272,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig | EncoderDecoderConfig, Tok
             f"got {head['format']!r} and {head['model']!r}: it was written by another program or a newer version"
         )
     _, made_of = _KINDS[head["model"]]
-    missing = [field.name for field in fields(made_of) if field.name not in {*data} | _SINCE_0_3]
+    missing = [field.name for field in fields(made_of) if field.name not in {*data} | _SINCE]
     if missing:
         raise ValueError(f"expected {file} to hold the key {missing[0]!r}, but it is missing")
     try:
@@ -305,13 +305,18 @@ def read_weights(model: Model, folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"expected {file} to hold the tensor {name}, but it is missing: {_FOREIGN}")
         if name not in own:
             raise ValueError(f"expected no tensor {name} in {file}: {_FOREIGN}")
-        if own[name].shape != stored[name].shape:
+        free = own[name].ndim == stored[name].ndim == 1 and not len(own[name])  # not counted yet: any number fits
+        if own[name].shape != stored[name].shape and not free:
             raise ValueError(
                 f"expected {name} in {file} to have the shape {tuple(own[name].shape)} that config.json "
                 f"asks for, but it has {tuple(stored[name].shape)}: {_FOREIGN}"
             )
-        if not stored[name].is_floating_point():
-            raise ValueError(f"expected {name} in {file} to hold floats, but it holds {stored[name].dtype}: {_FOREIGN}")
+        dtype, floats = own[name].dtype, stored[name].is_floating_point()
+        if not floats if dtype.is_floating_point else stored[name].dtype != dtype:
+            wanted = "floats" if dtype.is_floating_point else str(dtype)
+            raise ValueError(
+                f"expected {name} in {file} to hold {wanted}, but it holds {stored[name].dtype}: {_FOREIGN}"
+            )
     return stored
 
 

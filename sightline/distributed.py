@@ -259,13 +259,13 @@ class Replica:
         elif team.size > 1:
             self._loss = _replicate(self._loss, device)
 
-    def backward(self, inputs: Tensor, targets: Tensor, *, share: float, last: bool) -> Tensor:
+    def backward(self, *drawn: Tensor, share: float, last: bool) -> Tensor:
         """Adds the gradients of a micro-batch that is this share of the batch; after the last they are all's.
 
         Returns the loss times its share: summed over the micro-batches of all processes it is the batch's.
         """
         with self._held(last):
-            loss = self._loss(inputs, targets) * share
+            loss = self._loss(*drawn) * share
             (loss * self.team.size).backward()  # the library takes the mean over processes, this is a sum
         return loss.detach()
 
@@ -322,8 +322,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(inputs, targets)
+    def forward(self, *drawn: Tensor) -> Tensor:
+        return self.model.loss(*drawn)
 
 
 def _replicate(loss: nn.Module, device: torch.device) -> nn.Module:

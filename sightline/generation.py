@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sightline.layers import scores
 from sightline.models import Decoder, evaluating
 from sightline.tokenizers import Tokenizer
 
@@ -188,7 +187,7 @@ def sample_tokens(
 
 def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: bool) -> Generator[int, None, None]:
     context = model.config.context
-    head = (model.head or model.embedding).weight
+    device = model.embedding.weight.device
     generator = torch.Generator()
     if config.seed is None:
         generator.seed()
@@ -208,8 +207,8 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
             # Left before the yield: it must not reach into the caller's code. Not inference_mode(): the tables of
             # positions that a model makes on the way must serve its training too.
             with torch.no_grad():
-                features = model.features(torch.tensor([unread], device=head.device), cache=cache)
-                token = _draw(scores(features[0, -1], head), config, generator)
+                logits = model(torch.tensor([unread], device=device), cache=cache, last=1)
+                token = _draw(logits[0, -1], config, generator)
             window.append(token)
             unread = window if cache is None else [token]
             count += 1

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.cache import Cache
+from sightline.counts import Counts
 from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm, scores
 from sightline.losses import next_token_loss
+from sightline.mixture import Mixture
 from sightline.ngrams import Ngrams
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
 from sightline.shapes import ShapeError, shaped
@@ -92,6 +94,10 @@ class DecoderConfig:
     """Runs of up to so many tokens have vectors too, beside the tokens' own; beyond 1 it is no Qwen3."""
     ngram_rows: int = 32768
     """Rows in the table of each length of run; more different runs than that share them."""
+    counts: int = 0
+    """Runs of up to so many tokens are counted in the training text and have a say; 0: none. Beyond, it is no Qwen3."""
+    pointer: bool = False
+    """One more head copies tokens of the window as the next one. With it, it is no Qwen3."""
 
     @classmethod
     def modern(cls, *, vocabulary: int, **changes: Any) -> "DecoderConfig":
@@ -195,6 +201,9 @@ class Decoder(nn.Module):
         self.norm = None
         if config.norm_first:
             self.norm = make_norm(config.norm, config.d_model, bias=config.bias, epsilon=config.norm_epsilon)
+        self.mixture = None
+        if config.counts or config.pointer:
+            self.mixture = Mixture(config.vocabulary, config.d_model, counts=config.counts, pointer=config.pointer)
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocabulary, bias=False)
         self._draw()
 
@@ -203,20 +212,29 @@ class Decoder(nn.Module):
         """How many numbers are trained; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def counts(self) -> Counts | None:
+        """The counts that have a say, if any do."""
+        return None if self.mixture is None else self.mixture.counts
+
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for this model; `capacity` defaults to the context, which it cannot exceed."""
         capacity = capacity or self.config.context
         if capacity > self.config.context:
             raise ValueError(f"Decoder: a cache of {capacity} tokens is beyond the context of {self.config.context}")
-        return Cache(self.config.num_layers, batch=batch, capacity=capacity)
+        return Cache(self.config.num_layers + self.config.pointer, batch=batch, capacity=capacity)
 
-    def forward(self, tokens: Tensor, *, cache: Cache | None = None) -> Tensor:
-        """Logits (batch tokens vocabulary): at token i, the scores of token i + 1."""
-        return scores(self.features(tokens, cache=cache), self._head_weight)
+    def forward(self, tokens: Tensor, *, cache: Cache | None = None, last: int | None = None) -> Tensor:
+        """Logits (batch tokens vocabulary): at token i, the scores of token i + 1; `last`: of the last tokens alone."""
+        past = None if cache is None else cache.recent
+        x = self.features(tokens, cache=cache)
+        logits = scores(x if last is None else x[:, -last:], self._head_weight)
+        return logits if self.mixture is None else self.mixture(x, logits, tokens, past, cache)
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: int | None = None) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, *, last: int | None = None) -> Tensor:
         """Mean negative log-likelihood of `targets` (batch tokens), each the token after one of `tokens`, in nats.
 
+        `starts` (batch) says where in the training text the windows are, for counts that leave out that part of it.
         `last` scores only that many targets at the end of each row. The logits of a large vocabulary are never there
         all at once (`losses.next_token_loss`).
 
@@ -225,9 +243,12 @@ class Decoder(nn.Module):
         """
         if targets.shape != tokens.shape:
             raise ShapeError(f"Decoder: targets are {tuple(targets.shape)} but tokens {tuple(tokens.shape)}")
+        x, mixed = self.features(tokens), None
         first = 0 if last is None else tokens.shape[1] - last
-        features = self.features(tokens)[:, first:]
-        return next_token_loss(features.flatten(0, 1), self._head_weight, targets[:, first:].flatten())
+        if self.mixture is not None:
+            shares = self.mixture.of_targets(x, tokens, targets, starts)
+            mixed = (shares[0][:, first:].flatten(), shares[1][:, first:].flatten())
+        return next_token_loss(x[:, first:].flatten(0, 1), self._head_weight, targets[:, first:].flatten(), mixed=mixed)
 
     @property
     def _head_weight(self) -> Tensor:
@@ -254,11 +275,14 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, cache=cache)
+        x = x if self.norm is None else self.norm(x)
         if cache is not None:
+            if self.mixture is not None and self.mixture.pointer is not None:
+                cache.append(self.config.num_layers, *self.mixture.pointer.keep(x, tokens))
             cache.advance(tokens.shape[1])
             cache.recent = tokens if cache.recent is None else torch.cat((cache.recent, tokens), dim=1)
-            cache.recent = cache.recent[:, -self.config.ngrams :]
-        return x if self.norm is None else self.norm(x)
+            cache.recent = cache.recent[:, -max(self.config.ngrams, self.config.counts) :]
+        return x
 
     def _check(self, tokens: Tensor, start: int) -> None:
         if tokens.is_floating_point() or not tokens.shape[1]:
@@ -279,6 +303,8 @@ class Decoder(nn.Module):
                 module.bias.zero_()
         if self.ngrams is not None:
             self.ngrams.forget()
+        if self.mixture is not None:
+            self.mixture.trust_counts()
 
 
 @contextmanager
@@ -291,38 +317,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-@torch.no_grad()
-def check_causal(model: Decoder) -> None:
-    """Change future tokens, and demand that the logits of the past do not move (beyond rounding).
-
-    Reads at most 512 random tokens, about ten times, in evaluation mode; draws nothing from the global generator.
-
-    Raises: RuntimeError naming the first position that saw its future.
-
-    >>> check_causal(Decoder(DecoderConfig.modern(vocabulary=10, d_model=32, num_layers=1)))
-    """
-    vocabulary, device = model.config.vocabulary, model.embedding.weight.device
-    length = min(model.config.context, 512)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1, length), generator=generator)
-    # An offset from 1 to vocabulary - 1: every future token becomes another one.
-    other = (tokens + torch.randint(1, max(vocabulary, 2), (1, length), generator=generator)) % vocabulary
-    tokens, other = tokens.to(device), other.to(device)
-    with evaluating(model):
-        logits = model(tokens)
-        rounding = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
-        cuts = sorted({1, length - 1} | {2**power for power in range(1, length.bit_length())})
-        for cut in (cut for cut in cuts if 0 < cut < length):
-            changed = model(torch.cat((tokens[:, :cut], other[:, cut:]), dim=1))
-            # Not within rounding, rather than beyond it: so that NaN counts as moved.
-            moved = ~((changed - logits)[0, :cut].abs() <= rounding).all(dim=-1)
-            if moved.any():
-                raise RuntimeError(
-                    f"check_causal: the logits at position {int(moved.nonzero()[0])} moved when only tokens from "
-                    f"position {cut} on changed; the model sees its future (or its logits are NaN)"
-                )
 
 
 def _positions(config: DecoderConfig) -> Sinusoidal | Learned | None:
@@ -372,7 +366,7 @@ def _check_field(name: str, value: object, kind: Any) -> None:
     if kind is bool and not isinstance(value, bool):
         raise ValueError(f"DecoderConfig: {name} must be true or false, got {value!r}")
     if kind is int:
-        least = 0 if name in ("num_groups", "head_width", "d_ff", "window_before") else 1
+        least = 0 if name in ("num_groups", "head_width", "d_ff", "window_before", "counts") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"DecoderConfig: {name} must be a whole number of at least {least}, got {value!r}")
     if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):

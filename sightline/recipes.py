@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from sightline.models import DecoderConfig
 from sightline.schedule import Device, TrainConfig
 
-RecipeName = Literal["auto", "quick", "short", "words", "long", "plain"]
+RecipeName = Literal["auto", "quick", "short", "words", "counted", "long", "plain"]
 
 # Up to so many tokens a model of a few million weights reads its text many times over, and learns it by heart.
 SHORT_TEXT = 5_000_000
@@ -42,10 +41,11 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
     | words | short texts, a vocabulary of 4,096 and more | little beside the tied vocabulary, much dropout |
     | short | other texts of up to 5 million tokens | dropout, four layers |
     | long | longer texts | `modern` as it is: the text is too long to be learned by heart |
-    | quick | whoever asks: seconds | n-grams and one layer |
+    | counted | whoever asks: the lowest loss on a short text | `short` or `words` beside counts of the text |
+    | quick | whoever asks: seconds | one layer beside counts |
     | plain | whoever asks | the defaults of `DecoderConfig` and of `TrainConfig` with AdamW for everything |
 
-    N-grams (`DecoderConfig.ngrams`) are no part of Qwen3: a model with them cannot be written for `transformers`, so
+    Counts (`DecoderConfig.counts`) are no part of Qwen3: a model with them cannot be written for `transformers`, so
     that auto takes none; a recipe that is asked for by name may.
 
     Raises: ValueError for an unknown name.
@@ -61,26 +61,36 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
         name = "long"
     elif name == "auto":
         name = "words" if vocabulary >= LARGE_VOCABULARY else "short"
-    # More rows than tokens would never all be read, and a table is saved with every checkpoint.
-    grams = {"ngrams": 4, "ngram_rows": max(64, min(DecoderConfig.ngram_rows, tokens))}
+    many = vocabulary >= LARGE_VOCABULARY
+    # Longer runs of characters cost more than they tell; of words, four are seen twice too seldom for a fifth.
+    longest = 7 if vocabulary < 256 else 4 if vocabulary < 1 << 15 else 3
+    short: dict[str, Any] = {"d_model": 192, "num_layers": 4, "dropout": 0.2, "tied": False}
+    words: dict[str, Any] = {"d_model": 128, "num_layers": 2, "context": 128, "dropout": 0.1}
+    slow, fast = {"embedding_rate": 0.03, "cooldown": 0.6}, {"batch": 8, "learning_rate": 0.01, "cooldown": 0.6}
     return {
         "quick": Recipe(
             name="quick",
-            reason="one layer beside n-grams, and rates for a run of seconds",
-            model={"d_model": 128, "num_layers": 1, "d_ff": 256, "context": 128, "tied": False, **grams},
+            reason="one layer beside counts of the text, and rates for a run of seconds",
+            model={"d_model": 128, "num_layers": 1, "d_ff": 256, "context": 128, "tied": many, "counts": longest},
             training={"batch": 8, "learning_rate": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.0, "cooldown": 0.6},
         ),
         "short": Recipe(
             name="short",
             reason="a text that can be learned by heart: few layers and dropout",
-            model={"d_model": 192, "num_layers": 4, "dropout": 0.2, "tied": False},
-            training={"embedding_rate": 0.03, "cooldown": 0.6},
+            model=short,
+            training=slow,
         ),
         "words": Recipe(
             name="words",
             reason="many words and little text: two layers, the head tied to the embedding, dropout",
-            model={"d_model": 128, "num_layers": 2, "context": 128, "dropout": 0.1},
-            training={"batch": 8, "learning_rate": 0.01, "cooldown": 0.6},
+            model=words,
+            training=fast,
+        ),
+        "counted": Recipe(
+            name="counted",
+            reason="what counting knows of a short text is counted, what it does not a network learns",
+            model={**(words if many else short), "counts": longest, "pointer": many},
+            training=fast if many else slow,
         ),
         "long": Recipe(name="long", reason="a text too long to be learned by heart: modern as it is, and Muon"),
         "plain": Recipe(
@@ -131,15 +141,12 @@ def settle(
 
 
 def shape(recipe: Recipe, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's model with what is given in the place of what it says; without n-grams it has no rows for them.
+    """The recipe's model with what is given in the place of what it says.
 
-    >>> shape(choose_recipe("quick", tokens=1000, vocabulary=65), {"ngrams": 1, "d_ff": 128})["d_ff"]
+    >>> shape(choose_recipe("quick", tokens=1000, vocabulary=65), {"d_ff": 128})["d_ff"]
     128
     """
-    said = dict(recipe.model)
-    if model.get("ngrams") == 1:
-        said.pop("ngram_rows", None)
-    return {**said, **model}
+    return {**recipe.model, **model}
 
 
 def cook(recipe: Recipe, config: Mapping[str, Any]) -> TrainConfig:

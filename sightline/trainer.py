@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sightline.batches import TokenFile, TokenizedCorpus, batch
+from sightline.batches import TokenFile, TokenizedCorpus, batch, window_starts
 from sightline.checkpoints import own_tensors
 from sightline.costs import flops_per_token, peak
 from sightline.distributed import ALONE, Replica, Team, shards, whole
@@ -64,6 +64,9 @@ class Trainer:
             self.valid_tokens = _checked(data.valid, "validation", 2, vocabulary)
             self.parts = _checked_parts(config, team)
             self.sharded = shards(config.parallel, model.num_parameters, self.device, team)
+        self.counts = model.counts if isinstance(model, Decoder) else None
+        if self.counts is not None:
+            self.counts.count(self.train_tokens.ids)
         self.precision = choose_precision(config.precision, self.device)
         if choose_compile(config.compile, self.device):
             for block in model.blocks:
@@ -115,21 +118,24 @@ class Trainer:
         self.optimizers.zero_grad()
         losses = []
         for turn in range(self.config.accumulate):
-            inputs, targets = self._part(self.team.rank * self.config.accumulate + turn)
-            share = len(inputs) / self.config.batch
+            drawn = self._part(self.team.rank * self.config.accumulate + turn)
+            share = len(drawn[0]) / self.config.batch
             with autocast(self.device, self.precision):
                 last = turn + 1 == self.config.accumulate
-                losses.append(self.replica.backward(inputs, targets, share=share, last=last))
+                losses.append(self.replica.backward(*drawn, share=share, last=last))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
         return torch.stack(losses).sum(), whole(norm)
 
-    def _part(self, part: int) -> tuple[Tensor, Tensor]:
+    def _part(self, part: int) -> tuple[Tensor, ...]:
+        """Inputs, targets and, for a model that has counted the text, where the windows begin."""
         size = {"batch": self.config.batch, "context": self.context, "part": (part, self.parts)}
-        pair = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
+        drawn = batch(self.train_tokens, step=self.step, seed=self.config.seed, **size)
+        if self.counts is not None:
+            starts = window_starts(self.train_tokens, step=self.step, seed=self.config.seed, **size)
+            drawn = (*drawn, torch.from_numpy(starts))
         if self.device.type != "cuda":
-            return pair[0].to(self.device), pair[1].to(self.device)
-        inputs, targets = (ids.pin_memory().to(self.device, non_blocking=True) for ids in pair)
-        return inputs, targets
+            return tuple(ids.to(self.device) for ids in drawn)
+        return tuple(ids.pin_memory().to(self.device, non_blocking=True) for ids in drawn)
 
     def seen(self) -> list[Step]:
         """Looks at the losses not looked at yet.

@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from sightline.batches import TokenizedCorpus, tokenize
+from sightline.causality import check_causal
 from sightline.checkpoints import Model, read_config
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.distributed import Team
 from sightline.loop import Interrupted, Listener, Run, TrainResult
-from sightline.models import Decoder, DecoderConfig, check_causal
+from sightline.models import Decoder, DecoderConfig
 from sightline.recipes import RecipeName, check_changes, settle
 from sightline.runs import Event, Follower, RunFolder
 from sightline.schedule import TrainConfig, choose_device

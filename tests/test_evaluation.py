@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sightline import evaluation
 from sightline.batches import TokenFile
+from sightline.causality import check_causal
 from sightline.evaluation import Bigram, Evaluation, bigram, evaluate, unigram, unigram_probabilities
-from sightline.models import Decoder, DecoderConfig, check_causal
+from sightline.models import Decoder, DecoderConfig
 
 
 def token_file(ids, num_bytes=None, num_unknown=0):

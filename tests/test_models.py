@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sightline.causality import check_causal
 from sightline.layers import MultiHeadAttention
-from sightline.models import Decoder, DecoderConfig, check_causal
+from sightline.models import Decoder, DecoderConfig
 from sightline.shapes import ShapeError
 
 SMALL = {"vocabulary": 11, "context": 24, "d_model": 16, "num_layers": 2, "num_heads": 4}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from sightline.checkpoints import load
+from sightline.counts import Counts
 from sightline.events import Started
 from sightline.huggingface.settings import write_settings
 from sightline.models import DecoderConfig
@@ -24,7 +25,7 @@ def test_the_text_chooses(tokens, vocabulary, name):
     assert choose_recipe("auto", tokens=tokens, vocabulary=vocabulary).name == name
 
 
-@pytest.mark.parametrize("name", ["quick", "short", "words", "long", "plain"])
+@pytest.mark.parametrize("name", ["quick", "short", "words", "counted", "long", "plain"])
 def test_every_recipe_can_be_cooked(name):
     recipe = choose_recipe(name, tokens=1000, vocabulary=65)
     assert recipe.name == name and str(recipe).startswith(f"recipe {name}: ")
@@ -36,9 +37,10 @@ def test_every_recipe_can_be_cooked(name):
         assert getattr(cook(recipe, {key: getattr(TrainConfig, key)}), key) == getattr(TrainConfig, key)
 
 
-def test_a_short_text_has_small_tables():
-    assert choose_recipe("quick", tokens=500, vocabulary=65).model["ngram_rows"] == 500
-    assert choose_recipe("quick", tokens=10**6, vocabulary=65).model["ngram_rows"] == 32768
+@pytest.mark.parametrize("vocabulary", [65, 5000, 18_000, 1 << 15, 200_000])
+def test_runs_that_are_counted_have_numbers(vocabulary):
+    for name in ("quick", "counted"):
+        Counts(vocabulary, longest=choose_recipe(name, tokens=10**6, vocabulary=vocabulary).model["counts"])
 
 
 @pytest.mark.parametrize("tokens", [10**4, 10**7])
@@ -96,13 +98,13 @@ def test_classic_keeps_the_shape_of_the_paper(tmp_path):
     text.write_text("the cat sat on the mat. " * 40, encoding="utf-8")
     train(text, tmp_path / "classic", tokenizer="characters", preset="classic", model=TINY, **quick)
     train(text, tmp_path / "modern", tokenizer="characters", model=TINY, **quick)
-    assert load(tmp_path / "classic").config.ngrams == 1
-    assert load(tmp_path / "modern").config.ngrams == 4
+    assert load(tmp_path / "classic").config.counts == 0
+    assert load(tmp_path / "modern").config.counts == 7
 
 
-@pytest.mark.parametrize("changes", [{"ngrams": 1}, {"d_model": 256}, {"d_model": 32, "num_heads": 2}])
+@pytest.mark.parametrize("changes", [{"ngrams": 2}, {"counts": 0}, {"d_model": 256}, {"d_model": 32, "num_heads": 2}])
 def test_one_setting_may_be_given_alone(changes):
-    for name in ("quick", "short", "words", "long", "plain"):
+    for name in ("quick", "short", "words", "counted", "long", "plain"):
         model = shape(choose_recipe(name, tokens=1000, vocabulary=65), changes)
         config = DecoderConfig.modern(vocabulary=65, **model)
         assert {key: getattr(config, key) for key in changes} == changes
