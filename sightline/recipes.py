@@ -89,8 +89,13 @@ def choose_recipe(name: RecipeName, *, tokens: int, vocabulary: int) -> Recipe:
         "counted": Recipe(
             name="counted",
             reason="what counting knows of a short text is counted, what it does not a network learns",
-            model={**(words if many else short), "counts": longest, "pointer": many},
-            training=fast if many else slow,
+            # The words of an article are in the article: the further a pointer reaches, the more it finds.
+            model={
+                **(words | {"context": 1024, "dropout": 0.2} if many else short),
+                "counts": longest,
+                "pointer": many,
+            },
+            training=fast | {"batch": 1} if many else slow,
         ),
         "long": Recipe(name="long", reason="a text too long to be learned by heart: modern as it is, and Muon"),
         "plain": Recipe(
