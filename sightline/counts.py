@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-MOST_TOKENS = 100_000_000
+MOST_TOKENS = 20_000_000
 """A longer text is not counted: its runs would fill gigabytes, and a network learns them from so much text."""
 # Counts of this many parts but one meet the part that is left: few enough that they are nearly those of all.
 _FOLDS = 8
@@ -182,6 +182,8 @@ class Counts(nn.Module):
         runs, times = self.get_buffer(f"runs_{n}"), self.get_buffer(f"times_{n}")
         if not len(runs):
             raise ValueError("Counts: nothing was counted yet; train the model on a text, or load one that was")
+        if runs.device.type == "mps":
+            raise ValueError("Counts: expected a device with numbers of 64 bits, got mps: take the cpu, or no counts")
         if len(runs) != len(times):
             raise ValueError(
                 f"Counts: {len(runs)} runs of {n} tokens have {len(times)} counts: the checkpoint is damaged"

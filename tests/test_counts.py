@@ -114,7 +114,7 @@ def test_apart_is_by_the_counts_of_the_other_parts():
 def test_what_cannot_be_counted():
     with pytest.raises(ValueError, match="count runs of at most 4"):
         Counts(18_000, longest=5)
-    with pytest.raises(ValueError, match=r"a text of 3 to 100,000,000 tokens to count, got 2"):
+    with pytest.raises(ValueError, match=r"a text of 3 to 20,000,000 tokens to count, got 2"):
         counted(np.array([0, 1]))
     with pytest.raises(ValueError, match="vocabulary's 8, got 9"):
         counted(np.array([0, 1, 9, 1]))
