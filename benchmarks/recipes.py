@@ -115,12 +115,17 @@ def words(report: Report, options: Any, folder: Path) -> None:
     theirs = statistics.median(per_turn) * batches * EPOCHS
     report.say(f"\n## {corpus.name}, words, {len(tokenizer):,} of them (perplexity 399 in half of the time)")
     report.table("", "steps", "seconds of steps", "test perplexity, median", "worst", "of the peer's time")
-    perplexity = "399.0"
+    perplexity, note = "399.0", ""
     if options.whole:
         theirs, perplexity = score()
+    else:
+        note = (
+            "The peer's seconds are those of 20 of its steps, taken on to all; its perplexity is that of a whole run."
+        )
     report.row("word_language_model", f"{batches * EPOCHS:,}", f"{theirs:.0f}", perplexity, "", "1.00")
     runs = {0: [counts_alone(data, data.test, len(tokenizer), "counted")], **runs}
     _rows(report, "recipe counted", runs, theirs, lambda loss: f"{math.exp(loss):.1f}")
+    report.say(f"\n{note}")
 
 
 def minutes(report: Report, options: Any, folder: Path) -> None:
