@@ -15,6 +15,7 @@ import torch
 from measure import Report, arguments, peak_bytes
 
 import sightline as sl
+from sightline.kernels import cpu
 from sightline.memory import held_bytes, shown
 
 LENGTH, EAGER_LENGTH, LONG_LENGTH = 8192, 4096, 32768
@@ -35,10 +36,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def build(dtype: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
     from transformers.utils import logging
+
+    from sightline.huggingface.recipes import recipe_mask
 
     logging.set_verbosity_error()
     sl.huggingface.enable()
+    AttentionInterface.register("nothing", nothing)
+    AttentionMaskInterface.register("nothing", recipe_mask)
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     return model.to(DTYPES[dtype])
@@ -60,6 +67,29 @@ def forward(model: Any, side: str, length: int) -> Callable[[], object]:
         return seen
 
     return watched if side == "watched" else run
+
+
+def nothing(module: Any, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    """In the place of attention, for what the rest of the model takes."""
+    return query.transpose(1, 2).contiguous(), None
+
+
+def ceiling(report: Report, dtype: str, length: int, rounds: int) -> None:
+    """What a kernel that runs at the CPU's full speed would give."""
+    plain, rest = (statistics.median(side) for side in seconds(dtype, ("sdpa", "nothing"), length, rounds))
+    threads, best = torch.get_num_threads(), 0.0
+    for dot in (False, True) if dtype == "bfloat16" else (False,):
+        start = time.perf_counter()
+        done = cpu.probe(20_000_000, threads, dot=dot)
+        best = max(best, 2 * done / (time.perf_counter() - start))
+    heads, layers, width = (SHAPE[name] for name in ("num_attention_heads", "num_hidden_layers", "head_dim"))
+    operations = 2 * 2 * width * layers * heads * length * (length + 1) / 2
+    report.say(
+        f"{dtype}, {length:,} tokens: {rest:.2f} s without any attention, sdpa {plain:.2f} s. Attention is "
+        f"{operations / 1e9:.0f} GFLOP, and {threads} threads reach {best / 1e9:.0f} GFLOP/s in registers: "
+        f"{operations / best:.2f} s. So {plain / (rest + operations / best):.2f}x is the most that any kernel could "
+        f"give here, and {plain / rest:.2f}x if attention cost nothing."
+    )
 
 
 def timed(model: Any, side: str, length: int) -> float:
@@ -106,6 +136,7 @@ def compare(report: Report, dtype: str, sides: tuple[str, str], length: int, rou
     first, second = seconds(dtype, sides, length, rounds)
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
     held = [memory(dtype, side, length) for side in sides]
+    unwatched = [memory(dtype, side, length)["peak"] for side in ("sdpa", "sightline")] if sides[0] == "eager" else []
     report.row(
         f"{sides[1]} against {sides[0]}, {dtype}, {length:,} tokens",
         *(f"{statistics.median(side):.2f} s" for side in (first, second)),
@@ -114,6 +145,10 @@ def compare(report: Report, dtype: str, sides: tuple[str, str], length: int, rou
         f"{held[0]['peak'] / held[1]['peak']:.2f}, {held[0]['added'] / held[1]['added']:.2f}",
         goal,
     )
+    if unwatched:
+        eager, watched = (one["peak"] - base for one, base in zip(held, unwatched, strict=True))
+        report.row("the same, memory beyond that of sdpa and of sightline unwatched", "", "", "", shown(eager),
+                   shown(watched), f"{eager / watched:.1f}", "20x less memory")  # fmt: skip
 
 
 def main() -> None:
@@ -141,6 +176,8 @@ def main() -> None:
         compare(report, dtype, ("sightline", "watched"), length, rounds, "at least 0.80x, memory at least 0.83x")
     compare(report, "float32", ("eager", "watched"), eager_length, rounds, "4x as fast, 20x less memory")
     report.say("")
+    for dtype in DTYPES:
+        ceiling(report, dtype, length, min(rounds, 3))
     for dtype in DTYPES:
         alone = memory(dtype, "watched", long_length)
         report.say(

@@ -13,6 +13,7 @@ from measure import Report, arguments
 
 import sightline as sl
 from sightline.generation import sample_tokens
+from sightline.rows import scores
 
 PROMPT, NEW = 1024, 256
 CONFIG = sl.DecoderConfig.modern(
@@ -31,6 +32,20 @@ def timed(write: Callable[[], list[int]]) -> tuple[float, list[int]]:
     start = time.perf_counter()
     tokens = write()
     return time.perf_counter() - start, tokens
+
+
+def reading(model: sl.Decoder) -> tuple[float, int]:
+    """Seconds that a token's weights take to be read, once and for nothing else, and their bytes."""
+    read = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embedding" not in name]
+    rows = {weight.shape[1]: torch.ones(1, weight.shape[1]) for weight in read}
+    taken = []
+    with torch.no_grad():
+        for _ in range(50):
+            start = time.perf_counter()
+            for weight in read:
+                scores(rows[weight.shape[1]], weight)
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken), sum(weight.nbytes for weight in read)
 
 
 def main() -> None:
@@ -77,6 +92,11 @@ def main() -> None:
         cells = [f"{statistics.median(columns[name]) * factor:.2f} {unit}" for name in ("transformers", "ours")]
         ratios = [theirs / ours for theirs, ours in zip(columns["transformers"], columns["ours"], strict=True)]
         report.row(row, *cells, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    floor, held = reading(ours)
+    report.say(
+        f"\nReading {held / 1e6:.0f} MB of weights once, as our linear maps of one row do: {floor * 1e3:.2f} ms, "
+        f"{held / floor / 1e9:.0f} GB/s, {len(ours.blocks) * 7 + 1} calls."
+    )
     if options.save:
         report.write("huggingface-generate")
 

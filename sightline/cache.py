@@ -41,15 +41,8 @@ class Cache:
         """
         if key.requires_grad or value.requires_grad:
             raise ValueError("Cache: it keeps no gradients; call the model under torch.no_grad()")
-        if len(key) != self.batch:
-            raise ValueError(f"Cache: built for a batch of {self.batch}, got {len(key)}; make a new one")
         stop = self.length + key.shape[-2]
-        if stop > self.capacity:
-            raise ValueError(
-                f"Cache: {self.length} tokens and {key.shape[-2]} more are beyond its capacity of {self.capacity}; "
-                "clear it and read the newest part again"
-            )
-        stored = self._layers[layer]
+        stored = self.room(layer, len(key), key.shape[-2])
         if stored is None:
             stored = (self._empty(key), self._empty(value))
             self._layers[layer] = stored
@@ -57,6 +50,20 @@ class Cache:
         keys[:, :, self.length : stop] = key
         values[:, :, self.length : stop] = value
         return keys[:, :, :stop], values[:, :, :stop]
+
+    def room(self, layer: int, batch: int, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Where one layer's keys and values lie, (batch groups capacity width), for who puts the new tokens' there.
+
+        None before the first `append`. Raises: ValueError beyond the capacity, or for another batch.
+        """
+        if batch != self.batch:
+            raise ValueError(f"Cache: built for a batch of {self.batch}, got {batch}; make a new one")
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"Cache: {self.length} tokens and {tokens} more are beyond its capacity of {self.capacity}; "
+                "clear it and read the newest part again"
+            )
+        return self._layers[layer]
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens so far of one layer; nothing is stored."""

@@ -281,7 +281,7 @@ def _stages(
     model: Path | None, text: str | None, target: str | None, compare: Path | None, errors: Errors, **options: Any
 ) -> Iterator[tuple[dict[str, Capture], int | None]]:
     """What the models see, by their names; of a translation what each part sees, by its name."""
-    from sightline.huggingface.folders import Foreign, is_foreign
+    from sightline.huggingface import folders
     from sightline.looking import stages, translation
 
     if model is None or text is None:
@@ -290,8 +290,9 @@ def _stages(
         raise ValueError("--save saves one capture: save each model's on its own, without --compare")
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
-    if compare is None and target is None and is_foreign(model):
-        return Foreign(model).stages(str(model), _open(text, errors), tell=note, **options)
+    names = [one for one in (model, compare) if one is not None]
+    if target is None and any(map(folders.is_foreign, names)):
+        return folders.stages(names, _load, _open(text, errors), tell=note, **options)
     first = _load(model, Decoder, EncoderDecoder)
     if isinstance(first, EncoderDecoder):
         if compare or options["folder"] or options["tokens"] or errors != "strict":

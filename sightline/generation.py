@@ -107,12 +107,7 @@ def probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
     [0.625, 0.375, 0.0]
     """
     logits = logits.cpu().double()
-    likeliest = logits.max()
-    if not likeliest.isfinite():
-        raise ValueError(
-            f"the logits of the next token must be numbers, but the largest of {len(logits)} is "
-            f"{likeliest.item()}: the weights are damaged or training diverged; use an earlier checkpoint"
-        )
+    likeliest = _checked(logits.max(), len(logits))
     # Subtracting first keeps 0 / temperature at 0, however small the temperature.
     scores = (logits - likeliest) / config.temperature
     if config.top_k is not None and config.top_k < len(scores):
@@ -123,6 +118,15 @@ def probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
     if config.min_p > 0:
         shares = shares.where(shares >= config.min_p * shares.max(), 0.0)
     return shares / shares.sum()
+
+
+def _checked(likeliest: Tensor, count: int) -> Tensor:
+    if not math.isfinite(likeliest):
+        raise ValueError(
+            f"the logits of the next token must be numbers, but the largest of {count} is "
+            f"{likeliest.item()}: the weights are damaged or training diverged; use an earlier checkpoint"
+        )
+    return likeliest
 
 
 def _keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -145,6 +149,10 @@ def _keep_top_p(shares: Tensor, mass: float) -> Tensor:
 
 def _draw(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
     """Draw by inverting the cumulative distribution: one random number a token, whatever the vocabulary."""
+    if config.top_k == 1:
+        likeliest, token = logits.max(-1)  # of equally likely ones the first
+        _checked(likeliest, len(logits))
+        return int(token)
     cumulative = probabilities(logits, config).cumsum(-1)
     point = torch.rand(1, dtype=torch.float64, generator=generator) * cumulative[-1]
     return int(torch.searchsorted(cumulative, point, right=True))

@@ -15,6 +15,7 @@ from sightline.cache import Cache
 from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
+from sightline.rows import RMSNorm, kernel_maps, linear_maps, plain
 from sightline.shapes import shaped
 
 Norm = Literal["rms", "layer"]
@@ -135,6 +136,7 @@ class MultiHeadAttention(nn.Module):
         self.before = before
         self.dropout = dropout
         self.layer = layer
+        self.norm_epsilon = norm_epsilon
         self.observer: Callable[..., Tensor] | None = None
         self.output = nn.Linear(d_v, d_out, bias=bias if output_bias is None else output_bias)
         self.query, self.key, self.value = (
@@ -142,8 +144,8 @@ class MultiHeadAttention(nn.Module):
             for size in (d_k, num_groups * width, num_groups * (d_v // num_heads))
         )
         self._draw()
-        self.query_norm = nn.RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
-        self.key_norm = nn.RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
+        self.query_norm = RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
+        self.key_norm = RMSNorm(width, eps=norm_epsilon) if query_key_norm else None
         self.rotary = rotary
         self.register_buffer("slopes", ALiBi(num_heads).slopes if alibi else None, persistent=False)
 
@@ -165,6 +167,10 @@ class MultiHeadAttention(nn.Module):
         """
         if context is not None and self.rotary is not None:
             raise ValueError("MultiHeadAttention: a context does not go with rotary positions")
+        if cache is not None and self.observer is None and not return_weights:
+            output = self._step(x, context, mask, cache)
+            if output is not None:
+                return output
         if context is not None and cache is not None and cache.length:
             query = _normed(self.query(x).unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
             key, value = cache.read(self.layer)
@@ -178,6 +184,45 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         return self._attend(query, key, value, mask, return_weights=return_weights)
+
+    def _step(self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, cache: Cache) -> Tensor | None:
+        """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none."""
+        if not cache.length or (self.training and self.dropout) or isinstance(mask, Tensor):
+            return None
+        query_norm, key_norm, rotary, alone = self.query_norm, self.key_norm, self.rotary, context is None
+        maps = kernel_maps(x, self.query, self.output, *((self.key, self.value) if alone else ()))
+        hiding = self._hiding(mask, len(x))
+        if maps is None or hiding is None or not plain(query_norm, key_norm, rotary):
+            return None
+        start = cache.length
+        stop = start + x.shape[1] if alone else start
+        room = cache.room(self.layer, len(x), stop - start)
+        norms = (None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight)
+        if room is None or not cpu.projects(x, *room, *[weight for weight in norms if weight is not None]):
+            return None
+        return cpu.attend(
+            x,
+            maps,
+            norms=norms,
+            epsilon=self.norm_epsilon,
+            tables=None if rotary is None else rotary.tables(stop, x),
+            room=room,
+            start=start,
+            masks=hiding,
+        )
+
+    def _hiding(self, given: Mask | None, batch: int) -> cpu.Masks | None:
+        """All that hides something, as the kernel takes it where tokens follow one another; None: more than that."""
+        if given is None:
+            return cpu.Masks(self.before, 0 if self.causal else None, slopes=self.slopes)
+        mask = self._mask(given)
+        assert isinstance(mask, Mask)
+        more = mask.allowed is not None or mask.bias is not None or mask.segments is not None
+        belongs = mask.lengths is None or mask.lengths.shape == (batch,)
+        belongs = belongs and (mask.slopes is None or mask.slopes.shape == (self.num_heads,))
+        if more or not belongs:  # who computes it says what is wrong
+            return None
+        return cpu.Masks(mask.before, mask.after, mask.lengths, slopes=mask.slopes)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, *, return_weights: bool
@@ -233,22 +278,6 @@ class MultiHeadAttention(nn.Module):
                     linear.bias.chunk(parts)[part].uniform_(-bound, bound)
 
 
-def linear_maps(x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
-    """What each of up to three maps makes of x; of few rows, as in decoding, the native kernel computes them together.
-
-    A module in a linear map's place, or a hook, is called.
-    """
-    plain = all(type(map) is nn.Linear and not map._forward_hooks and not map._forward_pre_hooks for map in maps)
-    if plain and cpu.projects(x, *(map.weight for map in maps)):
-        return cpu.project(x, *((map.weight, map.bias) for map in maps))
-    return [map(x) for map in maps]
-
-
-def scores(x: Tensor, weight: Tensor) -> Tensor:
-    """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
-    return cpu.project(x, (weight, None))[0] if cpu.projects(x, weight) else F.linear(x, weight)
-
-
 class FeedForward(nn.Module):
     """The same two-layer network on every token.
 
@@ -270,6 +299,9 @@ class FeedForward(nn.Module):
         self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        gate = () if self.gate is None else (self.gate,)
+        if self.activation in (F.silu, F.relu) and (maps := kernel_maps(x, self.up, self.down, *gate)) is not None:
+            return cpu.feed_forward(x, *maps)
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
             hidden = self.activation(up)
@@ -319,20 +351,20 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:
     """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
     epsilon = EPSILON[kind] if epsilon is None else epsilon
-    return nn.RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
+    return RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
     # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
     return x if norm is None else norm(x.to(norm.weight.dtype))
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from sightline.cache import Cache
 from sightline.counts import Counts
-from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm, scores
+from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
 from sightline.losses import next_token_loss
 from sightline.mixture import Mixture
 from sightline.ngrams import Ngrams
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
+from sightline.rows import scores
 from sightline.shapes import ShapeError, shaped
 
 if TYPE_CHECKING:

@@ -150,14 +150,18 @@ class Rotary(nn.Module):
         if x.shape[-1] != self.width:
             raise ValueError(f"Rotary: expected width {self.width}, got {x.shape[-1]} in {tuple(x.shape)}")
         stop = start + x.shape[-2]
+        cosine, sine = (table[start:stop] for table in self.tables(stop, x))
+        # Rolling by half the width swaps the halves; the table of sines carries the sign.
+        return torch.addcmul(x * cosine, x.roll(self.width // 2, -1).to(cosine.dtype), sine).to(x.dtype)
+
+    def tables(self, stop: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of positions 0 to `stop` - 1, or more of them: (positions width), to turn x with."""
         dtype = _table_dtype(x)
         if stop > len(self.cosine) or self.cosine.dtype != dtype or self.cosine.device != x.device:
             # At least twice as many as before, so that a text growing token by token asks seldom.
             length = len(self.cosine) if stop <= len(self.cosine) else max(stop, 2 * len(self.cosine))
             self.cosine, self.sine = (table.to(x.device) for table in self._tables(length, dtype))
-        cosine, sine = self.cosine[start:stop], self.sine[start:stop]
-        # Rolling by half the width swaps the halves; the table of sines carries the sign.
-        return torch.addcmul(x * cosine, x.roll(self.width // 2, -1).to(dtype), sine).to(x.dtype)
+        return self.cosine, self.sine
 
     def _tables(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = _angles(length, self.width, self.base, self.scaling)

@@ -263,5 +263,11 @@ def test_a_compiled_model_equals_eager(family):
     )
 
 
+def test_a_graph_without_a_break_is_refused_in_words():
+    model = torch.compile(build("mistral", NAME), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph=True out"):
+        answer(model, **inputs("mistral"))
+
+
 def test_nobody_is_left_watching():
     assert WATCHERS == []

@@ -75,6 +75,21 @@ def test_look_saves_a_capture_and_writes_a_page(gemma, tmp_path, capsys):
     assert "Gemma2" in (tmp_path / "page.html").read_text()
 
 
+def test_two_models_are_compared_one_of_which_is_a_decoder(gemma, tmp_path, capsys):
+    tokenizer = Tokenizer.train("characters", [TEXT])
+    decoder = sl.Decoder(sl.DecoderConfig.modern(vocabulary=len(tokenizer), context=64, d_model=32, num_layers=1))
+    decoder.tokenizer = tokenizer
+    ours = sl.save(tmp_path / "ours", decoder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ("--text", tmp_path / "text.txt", "--tokens", 20, "--out", tmp_path / "page.html")
+    code, _, told = run(capsys, "look", "--model", ours, "--compare", gemma, *options)
+    assert code == 0 and told.count("captured") == 2, told
+    text = (tmp_path / "page.html").read_text()
+    assert str(gemma) in text and str(ours) in text
+    code, _, told = run(capsys, "look", "--model", ours, "--compare", gemma, *options, "--write", 3)
+    assert code == 2 and "--write and --compare" in told and told.count("\n") == 1
+
+
 def test_ids_that_the_tokenizer_does_not_know_are_shown_as_numbers(gemma, tmp_path):
     save_tokenizer(tmp_path, "abc")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -114,6 +129,20 @@ def test_a_name_of_the_hub_is_one_whose_first_part_is_no_folder(tmp_path, monkey
     (tmp_path / "runs").mkdir()
     assert is_foreign(Path("owner/name")) and is_foreign(gemma)
     assert not any(map(is_foreign, (Path("runs/name"), Path("name"), Path("/a/b"), Path("../name"), tmp_path)))
+
+
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def nobody(*given, **_):
+        asked.append(given)
+        raise socket.gaierror("no network in a test")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    code, _, told = run(capsys, "generate", "--model", "owner/name", "the")
+    assert code == 2 and told.count("\n") == 1 and len(asked) <= 2, told
+    assert "owner/name as a language model: it is no folder here, and the hub does not give it" in told
 
 
 def test_writing_stops_where_it_is_told(gemma):

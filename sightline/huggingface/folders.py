@@ -5,7 +5,7 @@ A name of the hub is fetched, because it was named. No code of a model's folder 
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from sightline import generation
+from sightline import generation, looking
 from sightline.captures import Capture
 from sightline.checkpoints import read_json
 from sightline.corpora import Corpus
@@ -62,6 +62,42 @@ def write(name: Path, load: Callable[..., Decoder], prompt: str, config: SampleC
     return generation.generate(load(name, Decoder), prompt, config)
 
 
+def stages(
+    names: Sequence[Path],
+    load: Callable[..., Decoder],
+    corpus: Corpus,
+    *,
+    tell: Callable[[str], None],
+    folder: Path | None,
+    live: bool,
+    write: int,
+    **options: Any,
+) -> Iterator[tuple[dict[str, Capture], None]]:
+    """The one thing to be shown: what models see of a text, by their names, some of which only transformers opens.
+
+    `load` opens the others; `tell` hears the notes. With `folder` the capture of one is saved there. Live or not: it
+    is shown when all of it is there.
+
+    Raises: ValueError as `Foreign` and `looking.look`, or for writing while models are compared.
+    """
+    if write and len(names) > 1:
+        raise ValueError("--write and --compare need two models with the same tokens; leave one of them out")
+    captures = {}
+    for name in names:
+        if is_foreign(name):
+            seen, seconds = Foreign(name).look(corpus, write=write, **options)
+            notes = [f"captured {len(seen.tokens):,} tokens of {corpus.name} in {seconds:.1f} s"]
+        else:
+            (one,) = looking.look([load(name, Decoder)], corpus, **options)
+            seen, notes = one.capture, one.notes(corpus.name)
+        for told in notes:
+            tell(told)
+        captures[str(name)] = seen
+        if folder is not None:
+            tell(f"saved: sightline look --capture {save_capture(seen, folder)} shows it again")
+    yield captures, None
+
+
 class Foreign:
     """A language model of transformers with its tokenizer, on our attention.
 
@@ -79,8 +115,9 @@ class Foreign:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name.as_posix(), trust_remote_code=False)
-            opened: Any = AutoModelForCausalLM.from_pretrained(name.as_posix(), **OPTIONS)
+            there: dict[str, Any] = {} if name.exists() else {"revision": _revision(name.as_posix())}
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name.as_posix(), trust_remote_code=False, **there)
+            opened: Any = AutoModelForCausalLM.from_pretrained(name.as_posix(), **OPTIONS, **there)
         except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             line = next(iter(str(error).strip().split("\n")), "")
             raise ValueError(f"transformers cannot open {name} as a language model: {line}") from error
@@ -130,19 +167,6 @@ class Foreign:
             list(self._tokens(ids, SampleConfig(tokens=write + 1, seed=0)))
         return seen.capture(self.tokenizer), time.perf_counter() - start
 
-    def stages(
-        self, name: str, corpus: Corpus, *, tell: Callable[[str], None], folder: Path | None, live: bool, **options: Any
-    ) -> Iterator[tuple[dict[str, Capture], None]]:
-        """The one thing to be shown, by the model's name; `tell` hears the notes. With `folder` it is saved there.
-
-        Live or not: it is shown when all of it is there.
-        """
-        seen, seconds = self.look(corpus, **options)
-        tell(f"captured {len(seen.tokens):,} tokens of {corpus.name} in {seconds:.1f} s")
-        if folder is not None:
-            tell(f"saved: sightline look --capture {save_capture(seen, folder)} shows it again")
-        yield {name: seen}, None
-
     def _tokens(self, ids: list[int], config: SampleConfig) -> Iterator[int]:
         """Tokens one by one, until the model ends the text or its context is full."""
         generator = torch.Generator()
@@ -171,6 +195,22 @@ class Foreign:
             if len(ids) > most:
                 return ids[:most]
         return self.tokenizer(text)["input_ids"][:most]
+
+
+def _revision(name: str) -> str:
+    """The newest commit of a model on the hub that can be had: of files that are here by it, nothing more is asked.
+
+    Asked once. transformers itself would ask for each file, and wait and ask again for 50 seconds without a network.
+
+    Raises: OSError for a name that the hub does not have, or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns="config.json")).name
+    except OSError as error:
+        line = next(iter(str(error).strip().split("\n")), "").removeprefix("Got: ")
+        raise OSError(f"it is no folder here, and the hub does not give it ({line})") from error
 
 
 def _end(text: str, config: SampleConfig) -> int | None:

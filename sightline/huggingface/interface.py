@@ -5,7 +5,7 @@ where somebody looks. Needs transformers 4.56 or newer.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,12 @@ HARMLESS = {
     "seq_idx",
 }
 """Arguments that change no score. Any other that is not None is refused."""
+
+
+uncompiled = partial(
+    torch.compiler.disable,
+    reason="attn_implementation 'sightline' is a break in the graph of torch.compile: leave fullgraph=True out",
+)
 
 
 class Watcher(Protocol):
@@ -90,7 +96,7 @@ def enable() -> None:
     if NAME in AttentionInterface().valid_keys():
         return
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(recipe_mask))
+    AttentionMaskInterface.register(NAME, uncompiled(recipe_mask))
     # Without this, transformers would leave a model that it cannot change as it is, and say so in its log at most.
     for name in ("_check_and_adjust_attn_implementation", "set_attn_implementation"):
         setattr(PreTrainedModel, name, _checked(getattr(PreTrainedModel, name)))
@@ -129,19 +135,19 @@ def _checked(method: Callable) -> Callable:
     return checked
 
 
-@torch.compiler.disable
+@uncompiled
 def _listen(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     if options.get("output_attentions"):
         _ASKING.append(model)
 
 
-@torch.compiler.disable
+@uncompiled
 def _forget(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
     if model in _ASKING:
         _ASKING.remove(model)
 
 
-@torch.compiler.disable
+@uncompiled
 def _attend(
     module: nn.Module,
     query: Tensor,

@@ -1,8 +1,8 @@
 """The native CPU kernel: attention, and attention that says what it saw, in one pass and O(N) memory.
 
-The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is five torch operators:
+The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is these torch operators:
 `sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`,
-and `sightline::project`, linear maps of few rows.
+and, for few rows, `sightline::project` (linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
 (Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
@@ -18,12 +18,17 @@ from torch.autograd.function import once_differentiable
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPERATORS = ("forward", "backward", "observe", "pool", "project")
+OPERATORS = ("forward", "backward", "observe", "pool", "project", "norm", "feed_forward", "attend")
 FEW_ROWS = 8
 """So many rows of a linear map read its weights faster here than in a matrix product by the library."""
 NEWEST_ARGUMENT = "segments"
 """Of the operators, the one that came last: tells a library of older sources."""
 HOW_TO_GET_IT = "build it with `python -m sightline.kernels.build` (needs a C++ compiler)"
+
+
+Map = tuple[Tensor, Tensor | None]
+"""A linear map: its weight (columns depth) and its bias."""
+NO_MAP = (None, None)
 
 
 class Masks(NamedTuple):
@@ -189,20 +194,58 @@ def pool(
 
 def projects(x: Tensor, *weights: Tensor) -> bool:
     """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
-    if MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
-        return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
         return False
     return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
 
 
-def project(x: Tensor, *maps: tuple[Tensor, Tensor | None]) -> Sequence[Tensor]:
+def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
     arguments = [part for weight_and_bias in maps for part in weight_and_bias]
     rows = x.reshape(-1, x.shape[-1])
     joined = torch.ops.sightline.project.default(rows, *arguments, *(None,) * (6 - len(arguments)))
     joined = joined.view(*x.shape[:-1], -1)
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
+
+
+def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, where `projects` says so."""
+    return torch.ops.sightline.norm.default(x.reshape(-1, x.shape[-1]), weight, epsilon).view_as(x)
+
+
+def feed_forward(x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP) -> Tensor:
+    """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so."""
+    return torch.ops.sightline.feed_forward.default(x.reshape(-1, x.shape[-1]), *gate, *up, *down).view_as(x)
+
+
+def attend(
+    x: Tensor,
+    maps: Sequence[Map],
+    *,
+    norms: tuple[Tensor | None, Tensor | None],
+    epsilon: float,
+    tables: tuple[Tensor, Tensor] | None,
+    room: tuple[Tensor, Tensor],
+    start: int,
+    masks: Masks,
+) -> Tensor:
+    """Attention of few tokens (batch tokens depth) that follow `start` others, with its linear maps.
+
+    The maps are to queries, to the output, and to keys and values, which are put into the room (batch groups capacity
+    width); without the last two all keys are there already. `norms` and `tables` (cosine and sine, `Rotary`'s) are of
+    queries and keys. Where `projects` says so.
+    """
+    query, output, key, value = (*maps, NO_MAP, NO_MAP)[:4]
+    before, after = (-1 if limit is None else limit for limit in masks[:2])
+    joined = torch.ops.sightline.attend.default(
+        x.contiguous(), *query, *key, *value, *output, *norms, epsilon, *(tables or (None, None)), *room, start,
+        None if masks.lengths is None else masks.lengths.to(torch.int64).contiguous(),
+        None if masks.slopes is None else masks.slopes.to(torch.float32).contiguous(),
+        before, after,
+    )  # fmt: skip
+    return joined.view(*x.shape[:-1], -1)
 
 
 class _Attention(torch.autograd.Function):

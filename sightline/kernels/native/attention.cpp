@@ -11,6 +11,8 @@
 #include "instructions.h"
 #include "problem.h"
 #include "segments.h"
+#include "steps.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace sightline {
@@ -252,48 +254,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_query, grad_key, grad_value, row_sums, grad_bias, grad_slopes};
 }
 
-// ---- linear maps of few rows ----
-
-// Up to three maps of the same rows, their outputs side by side: threads wake once.
-Tensor project(const Tensor& x, const Tensor& first, const Maybe& first_bias, const Maybe& second,
-               const Maybe& second_bias, const Maybe& third, const Maybe& third_bias) {
-  auto plain = [](const Tensor& tensor, int64_t axes) {
-    return tensor.is_cpu() && tensor.dim() == axes && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous();
-  };
-  STD_TORCH_CHECK(plain(x, 2), "sightline: x must be float32 (rows depth), contiguous");
-  const Tensor* weights[] = {&first, second ? &*second : nullptr, third ? &*third : nullptr};
-  const Maybe* biases[] = {&first_bias, &second_bias, &third_bias};
-  int64_t rows = x.size(0), depth = x.size(1), columns = 0;
-  for (int i = 0; i < 3; ++i) {
-    if (!weights[i]) continue;
-    STD_TORCH_CHECK(plain(*weights[i], 2) && weights[i]->size(1) == depth,
-                    "sightline: weights must be float32 (columns depth), contiguous");
-    STD_TORCH_CHECK(!*biases[i] || (plain(**biases[i], 1) && (*biases[i])->size(0) == weights[i]->size(0)),
-                    "sightline: a bias must be float32 (columns), contiguous");
-    columns += weights[i]->size(0);
-  }
-  Tensor out = empty({rows, columns});
-  Projection maps[3];
-  int64_t ends[3], units = 0, count = 0, before = 0;
-  constexpr int64_t kUnit = 32;  // columns
-  for (int i = 0; i < 3; ++i) {
-    if (!weights[i]) continue;
-    int64_t own = weights[i]->size(0);
-    maps[count] = {floats(x), rows,          depth, floats(*weights[i]), *biases[i] ? floats(**biases[i]) : nullptr,
-                   floats(out) + before, own, columns};
-    before += own, units += ceil_div(own, kUnit), ends[count++] = units;
-  }
-  const Kernels& kernels = *chosen.load();
-  // A weight that comes from memory takes as long as eight multiply-adds.
-  share_out(units, 8.0 * (double)(columns * depth), 0, [&](int64_t unit, float*) {
-    int64_t map = 0, start = 0;
-    while (unit >= ends[map]) start = ends[map++];
-    int64_t column = (unit - start) * kUnit;
-    kernels.project(maps[map], column, std::min(column + kUnit, maps[map].columns));
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace sightline
 
@@ -319,6 +279,15 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def(
       "project(Tensor x, Tensor first, Tensor? first_bias, Tensor? second, Tensor? second_bias, Tensor? third, "
       "Tensor? third_bias) -> Tensor");
+  library.def("norm(Tensor x, Tensor? weight, float epsilon) -> Tensor");
+  library.def(
+      "feed_forward(Tensor x, Tensor? gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, "
+      "Tensor? down_bias) -> Tensor");
+  library.def(
+      "attend(Tensor x, Tensor query, Tensor? query_bias, Tensor? key, Tensor? key_bias, Tensor? value, "
+      "Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor? query_norm, Tensor? key_norm, float epsilon, "
+      "Tensor? cosine, Tensor? sine, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? lengths, Tensor? slopes, "
+      "int before, int after) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
@@ -327,6 +296,9 @@ STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("pool", TORCH_BOX(&sightline::pool));
   library.impl("backward", TORCH_BOX(&sightline::backward));
   library.impl("project", TORCH_BOX(&sightline::project));
+  library.impl("norm", TORCH_BOX(&sightline::norm));
+  library.impl("feed_forward", TORCH_BOX(&sightline::feed_forward));
+  library.impl("attend", TORCH_BOX(&sightline::attend));
 }
 
 // For tests, the doctor and the benchmark, through ctypes.

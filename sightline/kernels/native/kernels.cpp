@@ -2,7 +2,7 @@
 // SIGHTLINE_ISA, its name. All of it has internal linkage and it includes no header of the standard library or of
 // torch: an inline function that two such files share would be kept once by the linker, in either's instructions.
 #include "backward.h"
-#include "project.h"
+#include "rows.h"
 #include "window.h"
 
 namespace sightline {
@@ -45,6 +45,7 @@ const Kernels NAME(SIGHTLINE_ISA) = {
     TEXT(SIGHTLINE_ISA), kRows,          reads_directly, packed_group,     partial_state,  strip_floats,
     scratch_floats,      pack,           attend,         merge,            gather,         window_units,
     window_scratch,      pool_window,    kBackRows,      kBackTile,        plan_backward,  backward_scratch,
-    pack_row_block,      backward,       gather_queries, project,          probe,
+    pack_row_block,      backward,       gather_queries, project,          norm_row,
+    turn_row,            activate,       probe,
 };
 }  // namespace sightline

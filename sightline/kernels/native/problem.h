@@ -124,6 +124,9 @@ struct Kernels {
   void (*backward)(const Call&, const BackwardPlan&, int64_t unit, float* scratch);  // (batch, group, share)
   void (*gather_queries)(const Call&, const BackwardPlan&, int64_t unit);          // (batch, head, block)
   void (*project)(const Projection&, int64_t first, int64_t last);  // columns
+  void (*norm_row)(const float* x, const float* weight, float epsilon, int64_t width, float* out);
+  void (*turn_row)(float* x, const float* cosine, const float* sine, int64_t width);
+  void (*activate)(const float* gate, float* up, int64_t count);
   // Independent multiply-adds and nothing else, for the benchmark's ceilings: of floats, or by the bf16 dot product (0
   // without one). How many there were.
   int64_t (*probe)(int64_t rounds, bool dot, float* out);

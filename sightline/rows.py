@@ -1,0 +1,58 @@
+"""Linear maps and norms; of few rows, as when one token is written, by the native kernel.
+
+A library's matrix product packs, or reads weights at a third of what memory gives; few rows are all reading. Knows
+nothing of attention.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sightline.kernels import cpu
+from sightline.positions import Rotary
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm`; few rows are the native kernel's.
+
+    >>> import torch
+    >>> RMSNorm(2, eps=0.0)(torch.tensor([[1.0, 7.0]])).tolist()
+    [[0.20000000298023224, 1.399999976158142]]
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if cpu.projects(x, self.weight):
+            assert self.eps is not None
+            return cpu.norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+_OURS = (nn.Linear, RMSNorm, Rotary)
+
+
+def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
+    """What each of up to three maps makes of x; of few rows all of them together."""
+    maps = kernel_maps(x, *linears)
+    return [linear(x) for linear in linears] if maps is None else cpu.project(x, *maps)
+
+
+def scores(x: Tensor, weight: Tensor) -> Tensor:
+    """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
+    return cpu.project(x, (weight, None))[0] if cpu.projects(x, weight) else F.linear(x, weight)
+
+
+def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[cpu.Map] | None:
+    """The maps for the kernel to compute in their place; None unless x has few rows, and nobody else has a say."""
+    if not plain(*linears):
+        return None
+    maps: list[cpu.Map] = [(linear.weight, linear.bias) for linear in linears]
+    return maps if cpu.projects(x, *[weight for weight, _ in maps]) else None
+
+
+def plain(*modules: nn.Module | None) -> bool:
+    """No module of another kind in the place of ours, and none with a hook, which would have to be called."""
+    for module in modules:
+        if module is not None and (type(module) not in _OURS or module._forward_hooks or module._forward_pre_hooks):
+            return False
+    return True

@@ -1,0 +1,237 @@
+"""Few rows by the native kernel: as accurate as the library's, and only where nobody else has a say."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sightline.cache import Cache
+from sightline.generation import SampleConfig, sample_tokens
+from sightline.kernels import cpu
+from sightline.layers import FeedForward, MultiHeadAttention
+from sightline.masks import Causal, Padding
+from sightline.models import Decoder, DecoderConfig
+from sightline.positions import Rotary
+from sightline.rows import RMSNorm, linear_maps, scores
+from sightline.shapes import ShapeError
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
+
+
+@pytest.fixture(params=cpu.available())
+def instructions(request):
+    before = cpu.instructions()
+    cpu.use_instructions(request.param)
+    yield request.param
+    cpu.use_instructions(before)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 7, 64, 515])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_each_map_is_as_accurate_as_the_librarys(rows, depth, instructions):
+    x = drawn(rows, depth)
+    maps = [
+        (drawn(columns, depth, seed=columns), drawn(columns, seed=2) if with_bias else None)
+        for columns, with_bias in ((37, True), (1, False), (66, True))
+    ]
+    for given in (maps, maps[:2], maps[:1]):
+        errors = {"ours": 1e-7, "library": 0.0}
+        for result, (weight, bias) in zip(cpu.project(x, *given), given, strict=True):
+            exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            assert result.shape == exact.shape
+            for name, tried in (("ours", result), ("library", F.linear(x, weight, bias))):
+                errors[name] = max(errors[name], (tried - exact).abs().max().item())
+        assert errors["ours"] <= 2 * errors["library"] + 1e-6
+
+
+@torch.no_grad()
+def test_a_rows_bits_are_its_own(instructions):
+    x, weight = drawn(8, 100), drawn(130, 100, seed=1)
+    (together,) = cpu.project(x, (weight, None))
+    for row in range(8):
+        assert torch.equal(cpu.project(x[row], (weight, None))[0], together[row])
+    beside = cpu.project(x, (weight[:33], None), (weight[33:], None))
+    assert torch.equal(torch.cat(tuple(beside), dim=-1), together)
+
+
+@torch.no_grad()
+def test_leading_axes_stay():
+    x, linear = drawn(2, 3, 16), nn.Linear(16, 5)
+    (result,) = linear_maps(x, linear)
+    torch.testing.assert_close(result, linear(x))
+    assert scores(x[0, 0], linear.weight).shape == (5,)
+
+
+def test_only_few_rows_in_float32_without_a_gradient():
+    weight = drawn(5, 16)
+    assert not cpu.projects(drawn(1, 16), weight)  # a gradient may be wanted
+    with torch.no_grad():
+        assert cpu.projects(drawn(8, 16), weight)
+        assert not cpu.projects(drawn(9, 16), weight)
+        assert not cpu.projects(drawn(0, 16), weight)
+        assert not cpu.projects(drawn(1, 16).double(), weight.double())
+        assert not cpu.projects(drawn(1, 16), weight.bfloat16())
+        assert not cpu.projects(drawn(1, 16), drawn(16, 5).T)
+        with torch.autocast("cpu"):
+            assert not cpu.projects(drawn(1, 16), weight)
+
+
+@torch.no_grad()
+def test_a_hook_and_another_module_are_called():
+    linear, seen = nn.Linear(16, 5), []
+    hook = linear.register_forward_hook(lambda *_: seen.append("hook"))
+    linear_maps(drawn(1, 16), linear)
+    hook.remove()
+    linear_maps(drawn(1, 16), linear)
+
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    other = Doubled(16, 5)
+    assert seen == ["hook"]
+    assert torch.equal(linear_maps(drawn(1, 16), other)[0], 2 * F.linear(drawn(1, 16), other.weight, other.bias))
+
+
+def test_the_operator_checks_what_it_is_given():
+    x, weight = drawn(2, 16), drawn(5, 16)
+    for bad in ((x[0], weight), (x.double(), weight), (x, weight.T), (x, weight[:, :8]), (x, weight.bfloat16())):
+        with pytest.raises(RuntimeError, match=r"sightline: (x|weights) must be float32"):
+            torch.ops.sightline.project(*bad, None, None, None, None, None)
+    with pytest.raises(RuntimeError, match="a bias must be float32"):
+        torch.ops.sightline.project(x, weight, drawn(4), None, None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["modern", "classic"])
+def test_the_same_tokens_with_the_kernel_and_without(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = Decoder(getattr(DecoderConfig, kind)(vocabulary=50, context=64, d_model=32, num_layers=2)).eval()
+    greedy = SampleConfig(tokens=40, top_k=1)
+    tokens = list(sample_tokens(model, [1, 2, 3], greedy))
+    monkeypatch.setattr(cpu, "projects", lambda *_: False)
+    assert list(sample_tokens(model, [1, 2, 3], greedy)) == tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [1, 7, 64, 515])
+def test_a_norm_is_its_definition(width, instructions):
+    norm, x = RMSNorm(width, eps=1e-5), drawn(2, 3, width)
+    norm.weight.copy_(drawn(width, seed=1))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize(("rows", "d_ff", "bias"), [(1, 33, True), (8, 70, False), (3, 5, True)])
+def test_a_feed_forward_is_its_definition(rows, d_ff, bias, activation, instructions):
+    layer, x = FeedForward(19, d_ff, activation=activation, bias=bias), 4 * drawn(rows, 19)
+    assert cpu.projects(x, layer.up.weight)
+    torch.testing.assert_close(layer(x).double(), layer.double()(x.double()), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_activation_knows_great_numbers_and_none(instructions):
+    x = torch.tensor([[0.0], [90.0], [-90.0], [1e4], [-1e4], [torch.nan]])
+    one = (torch.ones(1, 1), None)
+    for gate, exact in ((one, F.silu(x) * x), (cpu.NO_MAP, F.relu(x))):
+        torch.testing.assert_close(cpu.feed_forward(x, one, one, gate), exact, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+KINDS = {
+    "plain": {},
+    "modern": {"num_groups": 2, "bias": False, "query_key_norm": True, "rotary": True},
+    "a window": {"before": 3, "num_groups": 1, "rotary": True},
+    "alibi": {"alibi": True},
+    "wide values": {"d_v": 36, "d_out": 7},
+}
+
+
+def steps(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer makes of 11 tokens without a cache in float64, and step by step with one."""
+    torch.manual_seed(0)
+    options = dict(KINDS[kind])
+    if options.pop("rotary", False):
+        options["rotary"] = Rotary(6)
+    layer, x = MultiHeadAttention(24, 4, causal=True, **options), drawn(2, 11, 24)
+    cache = Cache(1, batch=2, capacity=12)
+    parts = []
+    for part in x.split([3, *[tokens] * (8 // tokens)], dim=1):
+        parts.append(layer(part, cache=cache))
+        cache.advance(part.shape[1])
+    return layer.double()(x.double()), torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_step_by_step_is_the_whole(kind, tokens, instructions, monkeypatch):
+    attend = Mock(wraps=cpu.attend)
+    monkeypatch.setattr(cpu, "attend", attend)
+    whole, stepped = steps(kind, tokens)
+    assert attend.call_count == 8 // tokens
+    torch.testing.assert_close(stepped.double(), whole, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_source_is_read_from_its_cache(instructions):
+    torch.manual_seed(0)
+    layer, source = MultiHeadAttention(24, 4), drawn(2, 5, 24)
+    cache = Cache(1, batch=2, capacity=5)
+    layer(drawn(2, 2, 24), source, Padding([5, 3]), cache=cache)
+    cache.advance(5)
+    x = drawn(2, 3, 24, seed=1)
+    stepped = layer(x, source, Padding([5, 3]), cache=cache)
+    whole = layer.double()(x.double(), source.double(), Padding([5, 3]))
+    torch.testing.assert_close(stepped.double(), whole, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_mask_of_another_batch_is_refused_as_ever():
+    layer, cache, source = MultiHeadAttention(24, 4), Cache(1, batch=1, capacity=5), drawn(1, 5, 24)
+    layer(drawn(1, 1, 24), source, cache=cache)
+    cache.advance(5)
+    with pytest.raises(ShapeError, match="2 lengths but the call has batch 1"):
+        layer(drawn(1, 1, 24), source, Padding([5, 3]), cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("listening", ["query", "rotary", "query_norm", "observer", "mask"])
+def test_who_listens_to_a_step_is_called(listening, monkeypatch):
+    layer = MultiHeadAttention(24, 4, causal=True, query_key_norm=True, rotary=Rotary(6)).eval()
+    cache, heard = Cache(1, batch=1, capacity=4), []
+    layer(drawn(1, 2, 24), cache=cache)
+    cache.advance(2)
+    given = torch.ones(1, 3, dtype=torch.bool) if listening == "mask" else None
+    if listening == "observer":
+        layer.observer = lambda query, *_, **__: heard.append(1) or query
+    elif listening != "mask":
+        getattr(layer, listening).register_forward_hook(lambda *_: heard.append(1))
+    monkeypatch.setattr(cpu, "attend", lambda *_, **__: pytest.fail("passed over"))
+    layer(drawn(1, 1, 24), mask=given, cache=cache)
+    assert heard or listening == "mask"
+
+
+@torch.no_grad()
+def test_a_step_beyond_the_room_is_refused():
+    layer, cache = MultiHeadAttention(24, 4, causal=True), Cache(1, batch=1, capacity=3)
+    layer(drawn(1, 2, 24), mask=Causal(), cache=cache)
+    cache.advance(2)
+    with pytest.raises(ValueError, match="beyond its capacity of 3"):
+        layer(drawn(1, 2, 24), mask=Causal(), cache=cache)
+    with pytest.raises(ValueError, match="built for a batch of 1"):
+        layer(drawn(2, 1, 24), mask=Causal(), cache=cache)
+    room = torch.zeros(1, 4, 3, 6)
+    query = (layer.query.weight, layer.query.bias)
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        cpu.attend(
+            drawn(1, 2, 24), [query] * 4, norms=(None, None), epsilon=0.0, tables=None,
+            room=(room, room), start=2, masks=cpu.Masks(),
+        )  # fmt: skip
