@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from measure import Report, arguments
@@ -58,7 +59,7 @@ def main() -> None:
     ours = sl.Decoder(CONFIG).eval()
     with tempfile.TemporaryDirectory() as folder:
         there = sl.save(f"{folder}/model", ours, format="huggingface")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(there).eval()
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(there).eval()
     prompt = torch.randint(CONFIG.vocabulary, (1, PROMPT))
 
     def by_us(new: int) -> list[int]:
