@@ -20,7 +20,6 @@ from sightline.counts import Counts
 from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
 from sightline.losses import next_token_loss
 from sightline.mixture import Mixture
-from sightline.ngrams import Ngrams
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
 from sightline.rows import scores
 from sightline.shapes import ShapeError, shaped
@@ -91,10 +90,6 @@ class DecoderConfig:
     """The head shares the embedding's weights."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(d_model)."""
-    ngrams: int = 1
-    """Runs of up to so many tokens have vectors too, beside the tokens' own; beyond 1 it is no Qwen3."""
-    ngram_rows: int = 32768
-    """Rows in the table of each length of run; more different runs than that share them."""
     counts: int = 0
     """Runs of up to so many tokens are counted in the training text and have a say; 0: none. Beyond, it is no Qwen3."""
     pointer: bool = False
@@ -148,8 +143,6 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig: {name} has no effect with positions {self.positions!r}; drop it")
         if self.bias and self.query_key_value_bias:
             raise ValueError("DecoderConfig: query_key_value_bias has no effect beside bias; drop it")
-        if self.ngram_rows != DecoderConfig.ngram_rows and self.ngrams == 1:
-            raise ValueError("DecoderConfig: ngram_rows has no effect with ngrams 1; drop it")
         if not self.head_width:
             _check_divides("d_model", self.d_model, "num_heads", self.num_heads)
         swiglu = 32 * max(1, round(self.d_model * 8 / 3 / 32))
@@ -187,11 +180,6 @@ class Decoder(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.embedding = nn.Embedding(config.vocabulary, config.d_model)
-        self.ngrams = (
-            Ngrams(config.vocabulary, config.d_model, longest=config.ngrams, rows=config.ngram_rows)
-            if config.ngrams > 1
-            else None
-        )
         self.positions = _positions(config)
         rotary = None
         if config.positions == "rotary":
@@ -267,8 +255,6 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.length
         self._check(tokens, start)
         x = self.embedding(tokens)
-        if self.ngrams is not None:
-            x = x + self.ngrams(tokens, None if cache is None else cache.recent)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.d_model)
         if self.positions is not None:
@@ -282,7 +268,7 @@ class Decoder(nn.Module):
                 cache.append(self.config.num_layers, *self.mixture.pointer.keep(x, tokens))
             cache.advance(tokens.shape[1])
             cache.recent = tokens if cache.recent is None else torch.cat((cache.recent, tokens), dim=1)
-            cache.recent = cache.recent[:, -max(self.config.ngrams, self.config.counts) :]
+            cache.recent = cache.recent[:, -max(1, self.config.counts) :]
         return x
 
     def _check(self, tokens: Tensor, start: int) -> None:
@@ -302,8 +288,6 @@ class Decoder(nn.Module):
                 module.weight.normal_(std=0.02 / math.sqrt(2 * self.config.num_layers) if writes else 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        if self.ngrams is not None:
-            self.ngrams.forget()
         if self.mixture is not None:
             self.mixture.trust_counts()
 

@@ -39,7 +39,7 @@ class TrainConfig:
     learning_rate: float = 5e-3
     """Highest learning rate of AdamW."""
     embedding_rate: float = 0.1
-    """Highest learning rate of AdamW for embeddings that are not the head too, and for n-grams. Not with adamw."""
+    """Highest learning rate of AdamW for embeddings that are not the head too. Not with adamw."""
     matrix_rate: float = 0.02
     """Highest learning rate of Muon; it rises and falls with AdamW's. Not with adamw."""
     momentum: float = 0.95

@@ -61,7 +61,7 @@ ROWS = [
     {"models"},
     {"layers", "mixture"},
     {"rows"},
-    {"cache", "positions", "losses", "ngrams", "counts", "huggingface.interface"},
+    {"cache", "positions", "losses", "counts", "huggingface.interface"},
     {"attention", "huggingface.recipes"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},

@@ -22,7 +22,6 @@ KINDS = {
     "classic": DecoderConfig.classic(**SMALL),
     "learned": DecoderConfig.modern(**SMALL, positions="learned", norm="layer", activation="gelu", bias=True),
     "alibi": DecoderConfig.modern(**SMALL, positions="alibi"),
-    "ngrams": DecoderConfig.modern(**SMALL, ngrams=4, ngram_rows=150),
     "none": DecoderConfig.modern(**SMALL, positions="none", norm_first=False),
     "window": DecoderConfig.modern(
         **SMALL, window_before=3, rotary_scaling=(4.0, 1.0, 4.0, 8.0), norm_epsilon=1e-3, query_key_value_bias=True

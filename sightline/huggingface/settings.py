@@ -198,7 +198,7 @@ def write_settings(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
             "norm_epsilon": (EPSILON["layer"],) if name == "opt" else (config.norm_epsilon,),
         }
         settings = _to_gpt2(config) if name == "gpt2" else _to_opt(config)
-    for setting, values in {**needed, "ngrams": (1,), "counts": (0,), "pointer": (False,)}.items():
+    for setting, values in {**needed, "counts": (0,), "pointer": (False,)}.items():
         value = getattr(config, setting)
         if value not in values:
             wanted = " or ".join(map(repr, values))
