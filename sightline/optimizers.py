@@ -126,8 +126,8 @@ class Optimizers:
     """The optimisers of one model, as one.
 
     With `config.optimizer` "muon": Muon for the weights of linear maps inside the blocks; AdamW for the rest, with a
-    rate of its own for embeddings, of which a step sees few rows (but not where the embedding is the head too). Those do
-    not decay: a rare row would fade until it is read again. With "adamw": AdamW for all, at one rate.
+    rate of its own for embeddings, of which a step sees few rows (but not where the embedding is the head too). Those
+    do not decay: a rare row would fade until it is read again. With "adamw": AdamW for all, at one rate.
     Gains and biases never decay.
     """
 
