@@ -26,7 +26,7 @@ class Pointer(nn.Module):
 
     >>> pointer = Pointer(d_model=8)
     >>> tokens = torch.tensor([[3, 1, 3]])
-    >>> pointer(torch.zeros(1, 3, 8), *pointer.keep(torch.zeros(1, 3, 8), tokens)).detach()[0, -1, 0]
+    >>> pointer(torch.zeros(1, 3, 8), *pointer.keep(torch.zeros(1, 3, 8), tokens)).detach()[0, 0, -1]
     tensor([0.3333, 0.3333, 0.3333])
     """
 

@@ -52,6 +52,19 @@ def test_each_map_is_as_accurate_as_the_librarys(rows, depth, instructions):
 
 
 @torch.no_grad()
+def test_rows_may_share_memory_or_lie_apart(instructions):
+    weight, up, down = drawn(9, seed=1), drawn(12, 9, seed=2), drawn(9, 12, seed=3)
+    for x in (drawn(9).expand(3, 9), drawn(3, 18)[:, ::2], drawn(9, 3).T):
+        held = x.contiguous()
+        for of in (
+            lambda x: cpu.norm(x, weight, 1e-6),
+            lambda x: cpu.project(x, (up, None))[0],
+            lambda x: cpu.feed_forward(x, (up, None), (down, None)),
+        ):
+            assert torch.equal(of(x), of(held))
+
+
+@torch.no_grad()
 def test_a_rows_bits_are_its_own(instructions):
     x, weight = drawn(8, 100), drawn(130, 100, seed=1)
     (together,) = cpu.project(x, (weight, None))

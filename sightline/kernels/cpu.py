@@ -204,20 +204,23 @@ def projects(x: Tensor, *weights: Tensor) -> bool:
 def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
     arguments = [part for weight_and_bias in maps for part in weight_and_bias]
-    rows = x.reshape(-1, x.shape[-1])
-    joined = torch.ops.sightline.project.default(rows, *arguments, *(None,) * (6 - len(arguments)))
+    joined = torch.ops.sightline.project.default(_rows(x), *arguments, *(None,) * (6 - len(arguments)))
     joined = joined.view(*x.shape[:-1], -1)
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, where `projects` says so."""
-    return torch.ops.sightline.norm.default(x.reshape(-1, x.shape[-1]), weight, epsilon).view_as(x)
+    return torch.ops.sightline.norm.default(_rows(x), weight, epsilon).view_as(x)
 
 
 def feed_forward(x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP) -> Tensor:
     """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so."""
-    return torch.ops.sightline.feed_forward.default(x.reshape(-1, x.shape[-1]), *gate, *up, *down).view_as(x)
+    return torch.ops.sightline.feed_forward.default(_rows(x), *gate, *up, *down).view_as(x)
 
 
 def attend(
