@@ -92,7 +92,7 @@ class _Steps:
     def __call__(self, newest: Tensor) -> Tensor:
         """(targets vocabulary), after the newest token of each target (targets)."""
         features = self.model.decode(newest[:, None], self.memory, self.lengths, cache=self.cache)
-        return F.linear(features[:, -1], self.model.head_weight)
+        return self.model.logits(features[:, -1])
 
 
 class _Search:

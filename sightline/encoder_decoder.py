@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.cache import Cache
@@ -24,6 +23,7 @@ from sightline.encoder import (
 from sightline.layers import Block, FeedForward, MultiHeadAttention, make_norm
 from sightline.losses import next_token_loss
 from sightline.masks import Causal, Mask, Padding
+from sightline.rows import linear_maps, scores
 from sightline.shapes import shaped
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ class EncoderDecoder(nn.Module):
     def forward(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Logits (batch tokens vocabulary): at token i of the target, the scores of its token i + 1."""
         memory = self.encode(source, source_lengths)
-        return F.linear(self.decode(target, memory, source_lengths), self.head_weight)
+        return self.logits(self.decode(target, memory, source_lengths))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the head makes of what `decode` gives: (... vocabulary)."""
+        return scores(features, self.head_weight) if self.head is None else linear_maps(features, self.head)[0]
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """What the decoder sees of the source: (batch tokens d_model)."""

@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _joined(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
-        if not self.training:
+        if not self.training or not plain(*maps):
             return linear_maps(x, *maps)
         # One product instead of three, and two instead of six in the backward, for a copy of the weights.
         bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])

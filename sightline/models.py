@@ -21,7 +21,7 @@ from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadA
 from sightline.losses import next_token_loss
 from sightline.mixture import Mixture
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
-from sightline.rows import scores
+from sightline.rows import linear_maps, scores
 from sightline.shapes import ShapeError, shaped
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         """Logits (batch tokens vocabulary): at token i, the scores of token i + 1; `last`: of the last tokens alone."""
         past = None if cache is None else cache.recent
         x = self.features(tokens, cache=cache)
-        logits = scores(x if last is None else x[:, -last:], self._head_weight)
+        logits = self._logits(x if last is None else x[:, -last:])
         return logits if self.mixture is None else self.mixture(x, logits, tokens, past, cache)
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, *, last: int | None = None) -> Tensor:
@@ -238,6 +238,9 @@ class Decoder(nn.Module):
             shares = self.mixture.of_targets(x, tokens, targets, starts)
             mixed = (shares[0][:, first:].flatten(), shares[1][:, first:].flatten())
         return next_token_loss(x[:, first:].flatten(0, 1), self._head_weight, targets[:, first:].flatten(), mixed=mixed)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return scores(x, self.embedding.weight) if self.head is None else linear_maps(x, self.head)[0]
 
     @property
     def _head_weight(self) -> Tensor:

@@ -207,7 +207,7 @@ def _evaluate(model: EncoderDecoder, given: Iterable[Batch], pairs: TokenPairs) 
     with evaluating(model), torch.no_grad():
         for one in given:
             features, wanted = model.predicted(*(part.to(device) for part in one))
-            logits = F.linear(features, model.head_weight).float()
+            logits = model.logits(features).float()
             total += float(F.cross_entropy(logits, wanted, reduction="sum"))
             right += int((logits.argmax(-1) == wanted).sum())
             count += wanted.numel()

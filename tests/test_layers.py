@@ -51,6 +51,30 @@ def test_assert_printed_can_fail():
         assert_printed(numbers(ONE_HEAD) + 1e-4, ONE_HEAD, 4)
 
 
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "replaced"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("context", [False, True])
+def test_in_training_too_each_map_keeps_its_say(name, kind, context):
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(8, 2), torch.randn(1, 3, 8, requires_grad=True)
+    source = torch.randn(1, 5, 8, requires_grad=True) if context else None
+    before, heard, linear = layer(x, source), [], getattr(layer, name)
+    if kind == "replaced":
+        setattr(layer, name, torch.nn.Sequential(linear, torch.nn.Tanh()))
+    elif kind == "backward":
+        linear.register_full_backward_hook(lambda *_: heard.append(1))
+    elif kind == "pre":
+        linear.register_forward_pre_hook(lambda *_: heard.append(1))
+    else:
+        linear.register_forward_hook(lambda *_: heard.append(1))
+    assert layer.training
+    output = layer(x, source)
+    output.sum().backward()
+    assert heard if kind != "replaced" else not torch.allclose(output, before)
+    if kind != "replaced":
+        torch.testing.assert_close(output, before)
+
+
 def column_convention() -> tuple[torch.Tensor, ...]:
     """Values, queries and keys of section 3, tokens in columns, drawn in the order it says."""
     generator = np.random.RandomState(3)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sightline.cache import Cache
+from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.generation import SampleConfig, sample_tokens
 from sightline.kernels import cpu
 from sightline.layers import FeedForward, MultiHeadAttention
@@ -204,6 +205,19 @@ def test_a_source_is_read_from_its_cache(instructions):
     stepped = layer(x, source, Padding([5, 3]), cache=cache)
     whole = layer.double()(x.double(), source.double(), Padding([5, 3]))
     torch.testing.assert_close(stepped.double(), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_who_listens_to_a_head_is_called():
+    decoder = Decoder(DecoderConfig(vocabulary=7, context=8, d_model=16, num_layers=1, num_heads=2, tied=False))
+    translator = EncoderDecoder(EncoderDecoderConfig(vocabulary=7, context=8, d_model=16, num_layers=1, tied=False))
+    one, heard = torch.tensor([[1, 2, 3]]), []
+    for model, given in ((decoder, (one,)), (translator, (one, one))):
+        before = model(*given)
+        model.head.register_forward_hook(lambda *_: heard.append(1))
+        torch.testing.assert_close(model(*given), before)
+        with torch.no_grad():
+            model(*given)
+    assert len(heard) == 4
 
 
 @torch.no_grad()
