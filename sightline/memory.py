@@ -2,11 +2,13 @@
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
 _STATUS = Path("/proc/self/status")
+_GROUPS, _LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def peak_bytes(device: torch.device | None = None) -> int:
@@ -31,12 +33,12 @@ def held_bytes() -> int:
 
 
 def machine_bytes(device: torch.device) -> int | None:
-    """All the memory that the device has; None where the system does not tell."""
+    """All the memory that the device has, or less where a container has less; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min((os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_bytes()))
 
 
 def shown(size: float) -> str:
@@ -53,3 +55,18 @@ def shown(size: float) -> str:
 def _status(name: str) -> int:
     (line,) = (line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
+
+
+def _group_bytes() -> Iterator[int]:
+    """What Linux's control groups let this process hold: its own and those around it, as far as they are seen here."""
+    for line in _GROUPS.read_text(encoding="utf-8").splitlines() if _GROUPS.exists() else ():
+        _, controllers, place = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (_LIMITS / "memory", "memory.limit_in_bytes") if controllers else (_LIMITS, "memory.max")
+        inside = PurePosixPath(place).parts[1:]
+        # A container may be told its place outside, where only its own group is seen, as the root.
+        for depth in range(len(inside) + 1):
+            file = root.joinpath(*inside[:depth], name)
+            if file.is_file() and (limit := file.read_text(encoding="ascii").strip()) != "max":
+                yield int(limit)
