@@ -40,7 +40,7 @@ def model(tokens: int, *, layers: int = 4, heads: int = 4, text: str | None = No
     """A model with random weights, and what it is to read."""
     corpus = open_corpus(text or "embedded")
     tokenizer = sl.Tokenizer.train("bpe", corpus.texts("train"), vocabulary=1024)
-    ids = beginning(corpus, tokenizer, tokens)
+    ids = beginning(corpus, tokenizer.encode, tokens)
     torch.manual_seed(0)
     shape = {"d_model": 32 * heads, "num_layers": layers, "num_heads": heads, "context": tokens}
     decoder = sl.Decoder(sl.DecoderConfig(vocabulary=len(tokenizer), **shape))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.encoder_decoder import EncoderDecoder, TargetCache
-from sightline.generation import SampleConfig, probabilities
+from sightline.generation import SampleConfig, draw
 from sightline.models import evaluating
 
 
@@ -160,15 +160,14 @@ class _Search:
 
 
 def _drawn(steps: _Steps, limits: Tensor, end: int, config: SampleConfig) -> list[list[int]]:
-    generator = torch.Generator()
-    generator.seed() if config.seed is None else generator.manual_seed(config.seed)
+    generator = config.generator()
     newest = torch.full_like(limits, end)
     targets: list[list[int]] = [[] for _ in limits]
     going = set(range(len(limits)))
     for length in range(1, int(limits.max()) + 1):
         logits = steps(newest)
         for row in sorted(going):
-            token = int(probabilities(logits[row], config).multinomial(1, generator=generator))
+            token = draw(logits[row], config, generator)
             newest[row] = token
             if token != end:
                 targets[row].append(token)

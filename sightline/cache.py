@@ -76,6 +76,7 @@ class Cache:
         for stored in self._layers:
             for tensor in stored or ():
                 tensor[:, :, : self.length] = tensor[rows, :, : self.length]
+        self.recent = None if self.recent is None else self.recent[rows]
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` new tokens, once all layers have appended them."""

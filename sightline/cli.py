@@ -185,6 +185,8 @@ def evaluate(
 
     decoder = _load(model, Decoder, EncoderDecoder)
     if isinstance(decoder, EncoderDecoder):
+        if any(one is not None for one in (context, stride, dynamic, cache)) or errors != "strict":
+            raise ValueError("pairs are UTF-8 and scored whole: drop --context, --stride, --dynamic, --errors, --cache")
         parallel = open_pairs(source)
         print(f"{parallel.name}, {split}: {score_pairs(decoder, parallel.split(split), name=parallel.name)}")
         return

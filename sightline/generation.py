@@ -85,6 +85,12 @@ class SampleConfig:
         if self.stop == "":
             raise ValueError("stop must hold at least one character, but it is empty: None stops at no text")
 
+    def generator(self) -> torch.Generator:
+        """Where random numbers come from: a generator at `seed`, or without one at a place that nobody knows."""
+        generator = torch.Generator()
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        return generator
+
 
 def probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
     """Turn the logits of one position into the distribution that the next token is drawn from.
@@ -147,8 +153,8 @@ def _keep_top_p(shares: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(shares).index_copy(0, ids[order], ordered)
 
 
-def _draw(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
-    """Draw by inverting the cumulative distribution: one random number a token, whatever the vocabulary."""
+def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
+    """Draw a token by inverting the cumulative distribution: one random number a token, whatever the vocabulary."""
     if config.top_k == 1:
         likeliest, token = logits.max(-1)  # of equally likely ones the first
         _checked(likeliest, len(logits))
@@ -196,11 +202,7 @@ def sample_tokens(
 def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: bool) -> Generator[int, None, None]:
     context = model.config.context
     device = model.embedding.weight.device
-    generator = torch.Generator()
-    if config.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(config.seed)
+    generator = config.generator()
     with evaluating(model):
         cache = model.new_cache() if use_cache else None
         unread, outgrown, count = window, False, 0
@@ -216,7 +218,7 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
             # positions that a model makes on the way must serve its training too.
             with torch.no_grad():
                 logits = model(torch.tensor([unread], device=device), cache=cache, last=1)
-                token = _draw(logits[0, -1], config, generator)
+                token = draw(logits[0, -1], config, generator)
             window.append(token)
             unread = window if cache is None else [token]
             count += 1

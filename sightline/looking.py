@@ -71,7 +71,7 @@ def look(
             tokens.
     """
     first, most = _tokenizer(models[0]), _room(models, tokens, write)
-    given = beginning(corpus, first, most)
+    given = _beginning(corpus, first, most)
     ids = given + list(sample_tokens(models[0], given, SampleConfig(tokens=write, seed=0))) if write else given
     looks = []
     for model in models:
@@ -79,7 +79,7 @@ def look(
         same = tokenizer.tokens_sha256 == first.tokens_sha256
         if write and not same:
             raise ValueError("--write and --compare need two models with the same tokens; leave one of them out")
-        own = ids if same else beginning(corpus, tokenizer, most)
+        own = ids if same else _beginning(corpus, tokenizer, most)
         start = time.perf_counter()
         seen = capture(model, own, layers=layers, prompt=len(given) if write else None, folder=folder)
         looks.append(_look(seen, tokenizer, start))
@@ -102,7 +102,7 @@ def writing(
     Raises: as `look`.
     """
     tokenizer = _tokenizer(model)
-    given = beginning(corpus, tokenizer, _room([model], tokens, write))
+    given = _beginning(corpus, tokenizer, _room([model], tokens, write))
     ids, whole, start, due = list(given), len(given) + write, time.perf_counter(), 0.0
     # One token more than is wanted: to draw it the model reads the last one.
     more = sample_tokens(model, given, SampleConfig(tokens=write + 1, seed=0))
@@ -203,20 +203,24 @@ def _look(seen: Capture, tokenizer: Tokenizer, start: float, goal: int | None = 
     return Look(capture=seen, seconds=seconds, peak_bytes=peak_bytes(), unknown=said, goal=goal)
 
 
-def beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
+def beginning(corpus: Corpus, encode: Callable[[str], list[int]], most: int) -> list[int]:
     """The first tokens of a corpus, from as much of its text as they need."""
     text, ids, wanted = "", [], 0
     for piece in chain.from_iterable(corpus.texts(split) for split in corpus.splits):
         text += piece
         # Encoding everything again after every piece would take the square of the text's length.
         if len(text) >= wanted:
-            ids = tokenizer.encode(text)
+            ids = encode(text)
             wanted = 2 * len(text)
         if len(ids) > most:
             break
     else:
-        ids = tokenizer.encode(text)
-    return [*tokenizer.start, *ids][:most]
+        ids = encode(text)
+    return ids[:most]
+
+
+def _beginning(corpus: Corpus, tokenizer: Tokenizer, most: int) -> list[int]:
+    return beginning(corpus, lambda text: [*tokenizer.start, *tokenizer.encode(text)], most)
 
 
 def _tokenizer(model: Decoder | EncoderDecoder) -> Tokenizer:

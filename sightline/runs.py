@@ -40,10 +40,10 @@ from sightline.checkpoints import (
 )
 from sightline.events import Event, as_record
 from sightline.locks import LOCK, Lock
-from sightline.logs import record
+from sightline.logs import LOG, record
 
 # What a run that was stopped before its first checkpoint leaves: starting over loses nothing.
-_OURS = {"log.jsonl", "loss.png", "tensorboard", "tokens", LOCK}
+_OURS = {LOG, "loss.png", "tensorboard", "tokens", LOCK}
 
 
 class RunFolder:
@@ -136,7 +136,7 @@ class RunFolder:
 
     @property
     def _log(self) -> Path:
-        return self.out / "log.jsonl"
+        return self.out / LOG
 
     @property
     def step(self) -> Path:

@@ -35,7 +35,7 @@ def reader(kind="characters", **changes) -> Decoder:
 @pytest.mark.parametrize("most", [1, 7, 150, 10_000])
 def test_the_beginning_is_that_of_the_whole_text(corpus, kind, most):
     tokenizer = reader(kind).tokenizer
-    assert beginning(corpus, tokenizer, most) == tokenizer.encode(TEXT)[:most]
+    assert beginning(corpus, tokenizer.encode, most) == tokenizer.encode(TEXT)[:most]
 
 
 def test_as_much_as_the_context_holds(corpus):

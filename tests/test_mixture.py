@@ -66,6 +66,10 @@ def test_with_the_cache_as_in_one_pass(kind):
     found = [model(tokens[:, :5], cache=cache), model(tokens[:, 5:6], cache=cache), model(tokens[:, 6:], cache=cache)]
     torch.testing.assert_close(torch.cat(found, dim=1), logits)
     torch.testing.assert_close(model(tokens, last=4), logits[:, -4:])
+    again = model.new_cache(batch=2)
+    model(tokens[:, :5], cache=again)
+    again.reorder(torch.tensor([1, 1]))
+    torch.testing.assert_close(model(tokens[[1, 1], 5:], cache=again), logits[[1, 1], 5:])
     config = SampleConfig(tokens=10, seed=1)
     assert list(sample_tokens(model, [1, 2], config)) == list(sample_tokens(model, [1, 2], config, use_cache=False))
 

@@ -252,6 +252,8 @@ def test_mistakes_end_in_one_line(tsv, trained, tmp_path, capsys):
         (("train", tsv, "--task", "translate", "--out", tmp_path / "x", "--errors", "replace"), "drop --cache, --err"),
         (("train", "embedded", "--out", tmp_path / "x", "--smoothing", 0.1), "smoothing is for translation"),
         (("evaluate", tsv, "--model", trained, "--split", "test"), "has no test split"),
+        (("evaluate", tsv, "--model", trained, "--context", 8), "drop --context, --stride"),
+        (("evaluate", tsv, "--model", trained, "--errors", "replace"), "drop --context, --stride"),
         (("look", "--model", trained, "--text", "zebra"), "vocabulary lacks: 'zebra'"),
         (("look", "--model", trained, "--text", " "), "it is empty"),
         (("look", "--model", trained, "--text", tsv), "is a file: give its line"),

@@ -17,7 +17,7 @@ from sightline import generation, looking
 from sightline.captures import Capture
 from sightline.checkpoints import read_json
 from sightline.corpora import Corpus
-from sightline.generation import SampleConfig, probabilities
+from sightline.generation import SampleConfig, draw
 from sightline.huggingface.interface import NAME, enable
 from sightline.huggingface.settings import read_settings
 from sightline.huggingface.watching import watch
@@ -158,7 +158,9 @@ class Foreign:
         most = self.context - write
         if not 0 <= write < self.context or (tokens is not None and not 1 <= tokens <= most):
             raise ValueError(f"--tokens and --write must be from 1 to the model's context of {self.context} together")
-        ids = self._beginning(corpus, most if tokens is None else tokens)
+        ids = looking.beginning(
+            corpus, lambda text: self.tokenizer(text)["input_ids"], most if tokens is None else tokens
+        )
         if not ids:
             raise ValueError(f"{corpus.name} holds no token; give another text")
         start = time.perf_counter()
@@ -169,32 +171,18 @@ class Foreign:
 
     def _tokens(self, ids: list[int], config: SampleConfig) -> Iterator[int]:
         """Tokens one by one, until the model ends the text or its context is full."""
-        generator = torch.Generator()
-        generator.manual_seed(torch.seed() if config.seed is None else config.seed)
+        generator = config.generator()
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         read, cache, count = ids, None, len(ids)
         while count <= self.context and (config.tokens is None or count - len(ids) < config.tokens):
             with torch.no_grad():
                 output = self.model(torch.tensor([read]), past_key_values=cache, use_cache=True)
-            chances = probabilities(output.logits[0, -1].float(), config)
-            token = int(torch.multinomial(chances, 1, generator=generator))
+            token = draw(output.logits[0, -1], config, generator)
             if token in ends:
                 return
             yield token
             read, cache, count = [token], output.past_key_values, count + 1
-
-    def _beginning(self, corpus: Corpus, most: int) -> list[int]:
-        text, wanted = "", 0
-        ids: list[int] = []
-        for piece in chain.from_iterable(corpus.texts(split) for split in corpus.splits):
-            text += piece
-            if len(text) >= wanted:
-                ids = self.tokenizer(text)["input_ids"]
-                wanted = 2 * len(text)
-            if len(ids) > most:
-                return ids[:most]
-        return self.tokenizer(text)["input_ids"][:most]
 
 
 def _revision(name: str) -> str:

@@ -89,7 +89,7 @@ def enable() -> None:
     A model that cannot run on it raises ValueError at once: when it is made, if its attention does not go through the
     interface; when it is called, if it passes arguments that change scores and are not known.
     """
-    transformers = _transformers()
+    _expect_transformers()
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
@@ -100,10 +100,9 @@ def enable() -> None:
     # Without this, transformers would leave a model that it cannot change as it is, and say so in its log at most.
     for name in ("_check_and_adjust_attn_implementation", "set_attn_implementation"):
         setattr(PreTrainedModel, name, _checked(getattr(PreTrainedModel, name)))
-    del transformers
 
 
-def _transformers() -> Any:
+def _expect_transformers() -> None:
     try:
         import transformers
     except ImportError as error:
@@ -114,7 +113,6 @@ def _transformers() -> Any:
             f"sightline.huggingface needs transformers 4.56 or newer, and {transformers.__version__} is installed: "
             "pip install --upgrade 'sightline[transformers]'"
         )
-    return transformers
 
 
 def _checked(method: Callable) -> Callable:
