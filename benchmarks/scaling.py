@@ -2,9 +2,10 @@
 
 python benchmarks/scaling.py [--rounds 9] [--save]
 
-One process says how many operations a second training reaches; all-reduces of one byte and of the gradients' bytes
-say what a message and a byte cost. From these `costs.step_cost` predicts the step of every number of processes.
-Processes beyond the cores take turns, which the prediction counts as well.
+Two processes that exchange nothing say how many operations a second training reaches where all cores are busy;
+all-reduces of one number and of the gradients say what a message and a byte cost, gathering and scattering what a byte
+costs where the model is shared out. From these `costs.step_cost` predicts the step of every number of processes.
+Processes beyond the cores take turns, also at copying what they exchange.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from sightline.models import Decoder, DecoderConfig
 from sightline.schedule import TrainConfig
 from sightline.trainer import Trainer
 
-PROCESSES = (1, 2, 4)
+PROCESSES = (2, 4)
 SHAPE = DecoderConfig(vocabulary=512, context=128, d_model=256, num_layers=4, num_heads=4)
 BATCH = 16
 
@@ -46,14 +48,24 @@ def worker(rounds: int, sharded: bool) -> None:
     """What one process of a team measures; the first prints it."""
     ids = np.random.default_rng(0).integers(0, SHAPE.vocabulary, 100_000).astype(np.uint16)
     tokens = TokenFile(ids=ids, num_bytes=len(ids), num_words=len(ids), num_unknown=0)
+    data = TokenizedCorpus(train=tokens, valid=tokens)
     config = TrainConfig(batch=BATCH, optimizer="adamw", parallel="shard" if sharded else "replicate")
     with joined(os.environ, "cpu") as team:
         torch.manual_seed(0)
-        trainer = Trainer(Decoder(SHAPE), TokenizedCorpus(train=tokens, valid=tokens), config, team)
+        trainer = Trainer(Decoder(SHAPE), data, config, team)
         found = {"step": timed(lambda: trainer.take_step(1e-4), rounds)}
-        gradients = torch.zeros(trainer.model.num_parameters)
-        for name, tensor in (("message", torch.zeros(1)), ("reduce", gradients)):
-            found[name] = timed(lambda tensor=tensor: dist.all_reduce(tensor), rounds)
+        apart = Trainer(Decoder(SHAPE), data, replace(config, parallel="replicate"))
+        dist.barrier()
+        found["apart"] = timed(lambda: apart.take_step(1e-4), rounds)
+        gradients = torch.zeros(trainer.model.num_parameters // team.size * team.size)
+        part = torch.zeros(len(gradients) // team.size)
+        for name, exchange in {
+            "message": lambda: dist.all_reduce(torch.zeros(1)),
+            "reduce": lambda: dist.all_reduce(gradients),
+            "gather": lambda: dist.all_gather_into_tensor(gradients, part),
+            "scatter": lambda: dist.reduce_scatter_tensor(part, gradients),
+        }.items():
+            found[name] = timed(exchange, 20 * rounds)
         if team.leads:
             print(json.dumps({"parameters": trainer.model.num_parameters, **found}))
 
@@ -79,23 +91,26 @@ def main() -> None:
     flops = flops_per_token(SHAPE) * BATCH * SHAPE.context
     alone = measured(1, options.rounds, sharded=False)
     pair = measured(2, options.rounds, sharded=False)
-    latency = pair["message"] / 2
-    bandwidth = 4 * pair["parameters"] / max(pair["reduce"] - pair["message"], 1e-9)
-    machine = Machine(flops=flops / alone["step"], bandwidth=bandwidth, latency=latency)
+    latency, size = pair["message"] / 2, 4 * pair["parameters"]
+    # A pair sends all gradients once to sum them, and half of the weights three times where they are shared out.
+    seconds = {False: pair["reduce"] - pair["message"], True: 2 * pair["gather"] + pair["scatter"] - 3 * latency}
+    bandwidths = {False: size / max(seconds[False], 1e-9), True: 1.5 * size / max(seconds[True], 1e-9)}
     report.say(
         f"{alone['parameters'] / 1e6:.1f} million parameters, {BATCH} x {SHAPE.context} tokens a step, gloo, one "
-        f"thread a process, {cores} cores: {machine.flops / 1e9:.1f} GFLOP/s, {bandwidth / 1e9:.2f} GB/s, "
-        f"{latency * 1e6:.0f} us a message.\n"
+        f"thread a process, {cores} cores: {flops / alone['step'] / 1e9:.1f} GFLOP/s alone, "
+        f"{flops / pair['apart'] / 1e9:.1f} beside another, {latency * 1e6:.0f} us a message, "
+        f"{bandwidths[False] / 1e9:.2f} GB/s summing, {bandwidths[True] / 1e9:.2f} GB/s gathering and scattering.\n"
     )
     report.table("processes", "way", "predicted", "measured", "measured / predicted", "speed-up")
+    report.row(1, "alone", "", f"{alone['step'] * 1e3:.0f} ms", "", "1.00")
     for processes in PROCESSES:
-        for sharded in (False, True) if processes > 1 else (False,):
+        for sharded in (False, True):
+            machine = Machine(flops=flops / pair["apart"], bandwidth=bandwidths[sharded], latency=latency)
             cost = step_cost(flops, int(alone["parameters"]), machine, processes=processes, sharded=sharded)
-            predicted = cost.compute * max(1.0, processes / cores) + cost.communicate
+            predicted = cost.seconds * max(1.0, processes / cores)
             step = measured(processes, options.rounds, sharded)["step"]
-            way = "alone" if processes == 1 else "FSDP2" if sharded else "DDP"
             cells = (f"{predicted * 1e3:.0f} ms", f"{step * 1e3:.0f} ms", f"{step / predicted:.2f}")
-            report.row(processes, way, *cells, f"{alone['step'] / step:.2f}")
+            report.row(processes, "FSDP2" if sharded else "DDP", *cells, f"{alone['step'] / step:.2f}")
     if options.save:
         report.write("scaling")
 

@@ -6,8 +6,8 @@ Writes nothing: neither the run's folder nor the cache of token files is touched
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from sightline.advice import Advice
 from sightline.batches import TokenFile, TokenizedCorpus
+from sightline.causality import check_causal
 from sightline.checkpoints import read_json, steps
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.evaluation import evaluate
@@ -33,7 +34,9 @@ from sightline.training import Preset, decoder_config, new_tokenizer, same_token
 # Of a longer text so much is read, evenly taken: its tokens and vocabulary are then estimates.
 _READ_BYTES = 16 << 20
 # Steps are timed for so many seconds, at least three of them; the first of all is not counted.
-_TIMED_SECONDS, _LEAST_STEPS, _MOST_STEPS = 6.0, 3, 30
+_TIMED_SECONDS, _LEAST_STEPS, _MOST_STEPS = 6.0, 3, 100
+# Batches of validation text that are timed: of one alone, read again, everything would lie in the caches.
+_LOOKED_AT = 4
 # The share of the machine's memory that a run may take before its steps are not even tried.
 _FITS = 0.9
 
@@ -58,8 +61,10 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Seconds of one step, of one evaluation, of one checkpoint, and of the whole run."""
+    """Seconds until the first step, of one step, of one evaluation, of one checkpoint, and of the whole run."""
 
+    start: float
+    """Counting, checks, and what the first step takes beyond the others; the first evaluation is not in it."""
     step: float
     evaluation: float
     checkpoint: float
@@ -173,12 +178,13 @@ def _sample(corpus: Corpus, tokenizer: Tokenizer) -> tuple[TokenizedCorpus, bool
     for split in ("train", "valid"):
         if split not in corpus.splits:
             raise ValueError(f"expected text with a {split} split, but {corpus.name} has none: add one")
-        size, ids, read = corpus.size(split), [], 0
+        size, pieces, read = corpus.size(split), [np.zeros(0, dtype=np.uint32)], 0
         every = max(1, math.ceil(size / _READ_BYTES))
         for piece in islice(corpus.texts(split), 0, None, every):
-            ids.extend(tokenizer.encode(piece))
+            pieces.append(np.array(tokenizer.encode(piece), dtype=np.uint32))
             read += len(piece.encode())
-        files[split] = TokenFile(ids=np.array(ids, dtype=np.uint32), num_bytes=read, num_words=0, num_unknown=0)
+        ids = np.concatenate(pieces)
+        files[split] = TokenFile(ids=ids, num_bytes=read, num_words=0, num_unknown=0)
         sizes[split] = len(ids) if every == 1 else round(len(ids) * size / read)
         exact = exact and every == 1
     return TokenizedCorpus(**files), exact, sizes
@@ -197,13 +203,16 @@ def _measured(
         return least, None, parameters
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
+        began = time.perf_counter()
         trainer = Trainer(Decoder(shape).to(device).train(), data, config)
+        trainer.fingerprint()
+        start = time.perf_counter() - began
         activations = _activations(trainer, config)
         room = before + 4 * weights + activations
         if machine is not None and room > _FITS * machine:
             parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "activations": activations}
             return Memory(**parts, rest=before), None, parameters
-        seconds = _seconds(trainer, config)
+        seconds = _seconds(trainer, config, start)
     parts = {
         "weights": sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *trainer.model.buffers())),
         "gradients": sum(tensor.nbytes for tensor in trainer.model.parameters()),
@@ -216,8 +225,11 @@ def _measured(
 
 def _activations(trainer: Trainer, config: TrainConfig) -> int:
     """Bytes that a forward pass keeps: counted for one and for two windows, and taken on to those it has at once."""
-    one, two = (_kept(trainer, windows) for windows in (1, 2))
-    return one + (math.ceil(config.batch / config.accumulate) - 1) * max(0, two - one)
+    at_once = math.ceil(config.batch / config.accumulate)
+    one = _kept(trainer, 1)
+    if at_once == 1:
+        return one  # two would be more than the run ever has
+    return one + (at_once - 1) * max(0, _kept(trainer, 2) - one)
 
 
 def _kept(trainer: Trainer, windows: int) -> int:
@@ -240,55 +252,69 @@ def _kept(trainer: Trainer, windows: int) -> int:
     return sum(kept.values())
 
 
-def _seconds(trainer: Trainer, config: TrainConfig) -> Seconds:
+def _seconds(trainer: Trainer, config: TrainConfig, start: float) -> Seconds:
+    """Seconds of each part, `start` what it took to make the trainer; all that a run does first is done here too."""
+    began = time.perf_counter()
+    check_causal(trainer.model)
     trainer.take_step(0.0)
+    trainer.seen()
+    first = time.perf_counter() - began
     began, taken = time.perf_counter(), 0
     while taken < _LEAST_STEPS or (taken < _MOST_STEPS and time.perf_counter() - began < _TIMED_SECONDS):
         trainer.take_step(0.0)
         taken += 1
     trainer.seen()  # where steps run ahead of the clock this waits for them
     step = (time.perf_counter() - began) / taken
-    return Seconds(step=step, evaluation=_evaluation(trainer, config), checkpoint=_checkpoint(trainer), total=0.0)
+    return Seconds(
+        start=start + max(0.0, first - step),
+        step=step,
+        evaluation=_evaluation(trainer, config),
+        checkpoint=_checkpoint(trainer),
+        total=0.0,
+    )
 
 
 def _evaluation(trainer: Trainer, config: TrainConfig) -> float:
     """Seconds for one batch of validation text; `_course` knows how many there are."""
     tokens, context = trainer.valid_tokens, trainer.context
-    return _timed(lambda: evaluate(trainer.model, tokens, context=context, batch=config.batch, batches=1))
+    few = min(_LOOKED_AT, _batches(config, len(tokens.ids), context=context))
+    began = 0.0
+    with autocast(trainer.device, trainer.precision):
+        for batches in (1, few):  # the first may set something up
+            began = time.perf_counter()
+            evaluate(trainer.model, tokens, context=context, batch=config.batch, batches=batches)
+    return (time.perf_counter() - began) / few
+
+
+def _batches(config: TrainConfig, valid_tokens: int, *, context: int) -> int:
+    """Batches of an evaluation."""
+    batches = math.ceil(valid_tokens / (config.batch * context))
+    return min(batches, config.evaluate_batches or batches)
 
 
 def _checkpoint(trainer: Trainer) -> float:
     """Seconds to copy and to hash what a checkpoint holds; that long again for the disk."""
     tensors = [*trainer.model.parameters(), *trainer.optimizers.state().values()]
     size, piece = sum(tensor.nbytes for tensor in tensors), bytes(1 << 24)
-    return 2 * size / len(piece) * _timed(lambda: hashlib.sha256(bytearray(piece)).digest())
-
-
-def _timed(work: Callable[[], object]) -> float:
-    """The shorter of two runs: the first may set something up."""
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    began = time.perf_counter()
+    hashlib.sha256(piece)
+    return 2 * size / len(piece) * (time.perf_counter() - began)
 
 
 def _course(
     config: TrainConfig, seconds: Seconds, valid_tokens: int, *, context: int, done: int, used: float
 ) -> tuple[int, Seconds]:
     """The last step, and the seconds from here to the end, evaluations and checkpoints included."""
-    batches = math.ceil(valid_tokens / (config.batch * context))
-    evaluation = seconds.evaluation * min(batches, config.evaluate_batches or batches)
+    evaluation = seconds.evaluation * _batches(config, valid_tokens, context=context)
     look = evaluation + seconds.checkpoint
-    first = 0.0 if done else evaluation
+    first = seconds.start + (0.0 if done else evaluation)
     limit = math.inf if config.step_limit is None else config.step_limit
     if config.minutes is not None:
         left = 60 * config.minutes - used - first - 1.25 * look
         limit = min(limit, done + max(0, int(left / (seconds.step + look / config.evaluate_every))))
     looks = math.ceil(limit / config.evaluate_every) - done // config.evaluate_every
     total = first + (limit - done) * seconds.step + looks * look
-    return int(limit), Seconds(step=seconds.step, evaluation=evaluation, checkpoint=seconds.checkpoint, total=total)
+    return int(limit), replace(seconds, evaluation=evaluation, total=total)
 
 
 def _nothing_to_do(config: TrainConfig, seconds: Seconds, done: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import run, stop_at
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -243,6 +245,12 @@ def worker(process: subprocess.Popen, rank: int) -> int:
     return next(child for child, found in environments.items() if f"RANK={rank}".encode() in found)
 
 
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("localhost", 0))
+        return bound.getsockname()[1]
+
+
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
@@ -317,6 +325,54 @@ def test_shared_out_stopped_by_a_signal_and_gone_on_with_alone(text, straight, t
     )
     assert main([str(word) for word in ("train", text, "--out", out, *RUN, "--resume")]) == 0
     check_same_curve(out, straight)
+
+
+@pytest.mark.slow
+def test_begun_alone_and_gone_on_with_by_four_and_then_by_two(text, straight, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(20, patch)
+        assert run("train", text, "--out", out, *RUN) == 130
+    with torchrun(4, text, "--out", out, *RUN, "--resume") as process:
+        wait_for_step(process, out, 35)
+        os.kill(process.pid, signal.SIGTERM)
+        finish(process)
+    code, _, told = finish(torchrun(2, text, "--out", out, *RUN, "--parallel", "shard", "--resume"))
+    assert (code, told) == (0, [])
+    check_same_curve(out, straight)
+    assert [event["processes"] for event in events(out, "started")] == [1, 4, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_count_as_one_does(text, tmp_path):
+    """The recipe counted: its counts are of the whole text, whoever reads which part."""
+    words = (text, *RUN, "--recipe", "counted")
+    assert run("train", *words, "--out", tmp_path / "one") == 0
+    code, _, told = finish(torchrun(2, *words, "--out", tmp_path / "two"))
+    assert (code, told) == (0, [])
+    check_same_curve(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@on_linux
+def test_the_machines_that_are_left_go_on(text, straight, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    meet = ("--nnodes", "1:2", "--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-id", "some")
+    meet = (*meet, "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost")
+    first, second = (
+        torchrun(1, text, "--out", out, *RUN, options=(*meet, "--rdzv-conf", f"is_host={host},last_call_timeout=3"))
+        for host in (1, 0)
+    )
+    with first, second:
+        wait_for_step(first, out, 20)
+        assert events(out, "started")[0]["processes"] == 2
+        (child,) = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+        for lost in (second.pid, int(child)):  # a machine that is switched off
+            os.kill(lost, signal.SIGKILL)
+        code, printed, _ = finish(first)
+    assert code == 0 and printed.startswith("best at step 60")
+    check_same_curve(out, straight)
+    assert [event["processes"] for event in events(out, "started")] == [2, 1]
 
 
 @pytest.mark.slow

@@ -132,18 +132,18 @@ def test_a_text_that_is_too_small_is_told(text, tmp_path):
 @pytest.mark.parametrize(
     ("config", "done", "used", "steps", "seconds"),
     [
-        # 100 steps of a second; evaluations of 4 at 0, 25, 50, 75 and 100 with checkpoints of 1, but for the first
-        ({"steps": 100, "evaluate_every": 25}, 0, 0.0, 100, 4 + 100 + 4 * 5),
-        ({"steps": 101, "evaluate_every": 25}, 0, 0.0, 101, 4 + 101 + 5 * 5),
-        ({"steps": 100, "evaluate_every": 25}, 30, 60.0, 100, 70 + 3 * 5),
-        ({"steps": 100, "evaluate_every": 25, "evaluate_batches": 1}, 0, 0.0, 100, 1 + 100 + 4 * 2),
+        # 2 s to start, steps of a second, evaluations of 4 at 0, 25, 50, 75, 100: all but the first with checkpoints
+        ({"steps": 100, "evaluate_every": 25}, 0, 0.0, 100, 2 + 4 + 100 + 4 * 5),
+        ({"steps": 101, "evaluate_every": 25}, 0, 0.0, 101, 2 + 4 + 101 + 5 * 5),
+        ({"steps": 100, "evaluate_every": 25}, 30, 60.0, 100, 2 + 70 + 3 * 5),
+        ({"steps": 100, "evaluate_every": 25, "evaluate_batches": 1}, 0, 0.0, 100, 2 + 1 + 100 + 4 * 2),
         ({"minutes": 2.0, "evaluate_every": 25}, 0, 0.0, None, 120),
-        ({"minutes": 2.0, "evaluate_every": 25, "steps": 10}, 0, 0.0, 10, 4 + 10 + 5),
+        ({"minutes": 2.0, "evaluate_every": 25, "steps": 10}, 0, 0.0, 10, 2 + 4 + 10 + 5),
         ({"minutes": 2.0, "evaluate_every": 25}, 40, 60.0, None, 60),
     ],
 )
 def test_the_course_of_a_run(config, done, used, steps, seconds):
-    each = Seconds(step=1.0, evaluation=1.0, checkpoint=1.0, total=0.0)
+    each = Seconds(start=2.0, step=1.0, evaluation=1.0, checkpoint=1.0, total=0.0)
     config = TrainConfig(batch=2, **config)
     limit, timed = planning._course(config, each, 40, context=5, done=done, used=used)
     assert steps is None or limit == steps

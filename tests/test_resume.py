@@ -96,6 +96,8 @@ LONG = (*SHAPE, "--steps", 300, "--batch", 4, "--evaluate-every", 4, "--evaluate
 def command(text: Path, out: Path, kind: str) -> list[str]:
     """`sightline train`, going on where there is something to go on from."""
     resume = ["--resume"] if any(out.glob("step-*")) else []
+    if kind == "counted":
+        kind, resume = "characters", ["--recipe", "counted", *resume]
     words = ["train", text, "--out", out, *LONG, "--tokenizer", kind, "--vocabulary", 300 if kind == "bpe" else 60]
     return [sys.executable, "-m", "sightline", *map(str, words), *resume]
 
@@ -136,7 +138,7 @@ def wait_for_the_moment(process: subprocess.Popen, out: Path, moment: str, gener
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-@pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
+@pytest.mark.parametrize("kind", ["words", "characters", "bpe", "counted"])
 def test_a_run_killed_at_any_moment_is_the_run_that_was_not(text, tmp_path, kind):
     # 300 steps of 64 tokens read this text about ten times: the edge of an epoch is crossed between kills.
     finish(command(text, tmp_path / "straight", kind))
