@@ -65,10 +65,10 @@ def plot_run(run: str | Path) -> "Figure":
     ...     plot_run(out).axes[0].get_ylabel()
     'loss (nats a token)'
     """
-    from matplotlib.figure import Figure
+    from sightline.figures import Drawing
 
     history = _history(Path(run))
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    figure = Drawing(figsize=(9, 5.6), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(above, history)
     _draw_rate(below, history)

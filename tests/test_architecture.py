@@ -67,7 +67,7 @@ ROWS = [
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
     {"encoding", "pairs"},
     {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory", "interrupts"},
-    {"downloads", "numerals"},
+    {"downloads", "numerals", "figures"},
 ]
 
 

@@ -12,7 +12,7 @@ from captures import TOKENS, structured
 
 from sightline.masks import Allowed, Bias, Causal
 from sightline.positions import Learned, Sinusoidal, sinusoidal
-from sightline.viewer.plots import plot_positions, plot_weights
+from sightline.viewer.plots import plot_heads, plot_positions, plot_weights
 
 
 def weights(*shape: int) -> torch.Tensor:
@@ -143,6 +143,24 @@ def test_positions_are_drawn_as_the_classic_picture():
     np.testing.assert_array_equal(shown(plot_positions(Sinusoidal(d_model=32, length=64))), table.numpy())
     learned = Learned(d_model=4, length=6)
     np.testing.assert_array_equal(shown(plot_positions(learned)), learned.weight.detach().numpy())
+
+
+def test_a_notebook_shows_every_figure_without_pyplot():
+    figures = plot_weights(torch.eye(2)), plot_heads(structured()), plot_positions(sinusoidal(4, 6))
+    for figure in figures:
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_arrays_of_numpy_are_drawn_and_what_is_no_array_is_refused():
+    weights = np.tril(np.full((3, 3), 0.5))
+    np.testing.assert_array_equal(shown(plot_weights(weights)), weights)
+    np.testing.assert_array_equal(shown(plot_positions(weights)), weights)
+    with pytest.raises(ValueError, match="got list: give a tensor or an array of floats"):
+        plot_weights([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got ndarray: give a tensor or an array of floats"):
+        plot_positions(np.array([["a"]]))
+    with pytest.raises(ValueError, match=r"expected a Capture, as sl\.capture gives one, got Tensor"):
+        plot_heads(torch.eye(2))  # type: ignore[arg-type]
 
 
 def test_matplotlib_is_left_as_it_was():

@@ -1,7 +1,7 @@
 """Heat maps of attention weights and of positional encodings, as matplotlib figures.
 
-Uses matplotlib's objects alone: no pyplot, no window, no setting of matplotlib is changed. Save with
-`figure.savefig("weights.pdf")`. Knows nothing of models.
+Uses matplotlib's objects alone: no pyplot, no window, no setting of matplotlib is changed. A notebook shows a figure
+that is the last value of a cell; `figure.savefig("weights.pdf")` saves it. Knows nothing of models.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ INCHES = 4.8
 
 
 def plot_weights(
-    weights: Tensor | Capture,
+    weights: Tensor | np.ndarray | Capture,
     *,
     layer: int | None = None,
     head: int | None = None,
@@ -43,7 +43,7 @@ def plot_weights(
 ) -> "Figure":
     """A heat map of one head and one sequence: queries down, keys across.
 
-    `weights` is a `Capture`, with `layer=` and `head=`; or a tensor (queries keys), (batch queries keys) with
+    `weights` is a `Capture`, with `layer=` and `head=`; or an array (queries keys), (batch queries keys) with
     `sequence=`, or (batch heads queries keys) with `sequence=` and `head=`; an index may be left out where there
     is only one. Keys that a query may not attend to are left empty: those that the mask hides, or, for a tensor
     without `mask=`, those of weight 0. `tokens` names the keys, and the queries where those are the same or the
@@ -72,7 +72,7 @@ def plot_weights(
     else:
         if layer is not None:
             raise ValueError(f"plot_weights: layer={layer} is for a Capture; a tensor holds one layer")
-        picture = _of_tensor(weights, sequence, head, mask)
+        picture = _of_tensor(_tensor(weights), sequence, head, mask)
         picture = _named(picture, tokens, query_tokens)
         picture = _without_padding(picture, lengths, 0 if sequence is None else sequence)
     return _draw(picture, scale, picture.title if title is None else title)
@@ -90,10 +90,13 @@ def plot_heads(capture: Capture, *, title: str | None = None) -> "Figure":
     9
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
+    from sightline.figures import Drawing
+
+    if not isinstance(capture, Capture):
+        raise ValueError(f"plot_heads: expected a Capture, as sl.capture gives one, got {type(capture).__name__}")
     layers, heads, exact = len(capture.layers), capture.num_heads, max(capture.queries.shape[2], capture.keys.shape[2])
-    figure = Figure(figsize=(1.5 * heads + 1.2, 1.62 * layers + 0.5), dpi=150, layout="compressed")
+    figure = Drawing(figsize=(1.5 * heads + 1.2, 1.62 * layers + 0.5), dpi=150, layout="compressed")
     grid = figure.subplots(layers, heads, squeeze=False)
     norm = LogNorm(1e-3, 1, clip=True)
     for row, layer in enumerate(capture.layers):
@@ -112,14 +115,14 @@ def plot_heads(capture: Capture, *, title: str | None = None) -> "Figure":
             for spine in axes.spines.values():
                 spine.set_linewidth(0.4)
     figure.colorbar(grid[0, 0].images[0], ax=grid, label="weight", fraction=0.03, pad=0.02)
-    figure.supxlabel("key", fontsize=9)
+    figure.supxlabel("key (nats: mean entropy)", fontsize=9)
     figure.supylabel("query", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
-def plot_positions(table: Tensor | Sinusoidal | Learned, *, title: str | None = None) -> "Figure":
+def plot_positions(table: Tensor | np.ndarray | Sinusoidal | Learned, *, title: str | None = None) -> "Figure":
     """A heat map of a positional encoding: embedding dimension across, position in sequence down.
 
     `table` is (length d_model), or a module that holds one.
@@ -134,6 +137,7 @@ def plot_positions(table: Tensor | Sinusoidal | Learned, *, title: str | None = 
         table = table.encoding
     elif isinstance(table, Learned):
         table = table.weight
+    table = _tensor(table)
     if not isinstance(table, Tensor) or table.ndim != 2 or not table.numel():
         raise ValueError(f"plot_positions: expected a table (length d_model), got {_shown(table)}")
     height, width = table.shape
@@ -146,6 +150,11 @@ def plot_positions(table: Tensor | Sinusoidal | Learned, *, title: str | None = 
     if title is not None:
         axes.set_title(title, parse_math=False)
     return figure
+
+
+def _tensor(values: object) -> object:
+    """An array of numpy as a tensor; anything else is judged by who reads it."""
+    return torch.as_tensor(values) if isinstance(values, np.ndarray) and values.dtype.kind == "f" else values
 
 
 class _Picture(NamedTuple):
@@ -167,7 +176,7 @@ def _of_capture(capture: Capture, layer: int | None, head: int | None) -> _Pictu
     return _Picture(_array(weights), hidden, capture.query_tokens, capture.key_tokens, title)
 
 
-def _of_tensor(weights: Tensor, sequence: int | None, head: int | None, mask: Mask | None) -> _Picture:
+def _of_tensor(weights: object, sequence: int | None, head: int | None, mask: Mask | None) -> _Picture:
     if not isinstance(weights, Tensor) or not 2 <= weights.ndim <= 4 or not weights.numel():
         axes = "(queries keys), (batch queries keys) or (batch heads queries keys)"
         raise ValueError(f"plot_weights: expected weights {axes}, got {_shown(weights)}")
@@ -260,12 +269,12 @@ def _draw(picture: _Picture, scale: Scale, title: str) -> "Figure":
 
 def _figure(height: int, width: int, least: float) -> "tuple[Figure, Axes]":
     """One pair of axes, of about the picture's own proportions; no side is below `least` of the other."""
-    from matplotlib.figure import Figure
+    from sightline.figures import Drawing
 
     longest = INCHES + min(max(height, width), MOST_LABELS) / 24
     share = max(least, min(height, width) / max(height, width))
     sides = (longest * share, longest) if height > width else (longest, longest * share)
-    figure = Figure(figsize=(sides[0] + 1.2, sides[1] + 0.6), dpi=150, layout="compressed")
+    figure = Drawing(figsize=(sides[0] + 1.2, sides[1] + 0.6), dpi=150, layout="compressed")
     return figure, figure.add_subplot()
 
 
@@ -318,4 +327,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _shown(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return f"{type(value).__name__}: give a tensor or an array of floats"
