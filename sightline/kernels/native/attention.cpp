@@ -20,6 +20,8 @@ namespace {
 
 // ---- forward ----
 
+constexpr int64_t kGroupInL2 = 128 << 10;  // floats that one thread keeps near while it works on a group
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 double multiply_adds(const Call& call) {
@@ -95,8 +97,7 @@ void run_forward(const Call& call, bool seeing) {
   if (call.queries == 0) units = 0;
   // Where groups alone keep all threads busy and fit L2, the one who packs a group attends to it: waking threads once
   // instead of twice.
-  constexpr int64_t kPackedInL2 = 128 << 10;  // floats
-  if (packs && groups >= 2 * torch::stable::get_num_threads() && plan.packed_group <= kPackedInL2) {
+  if (packs && groups >= 2 * torch::stable::get_num_threads() && plan.packed_group <= kGroupInL2) {
     share_out(groups, work, scratch, [&](int64_t group, float* own) {
       for (int64_t tile = 0; tile < tiles; ++tile) kernels.pack(call, plan, group * tiles + tile);
       for (int64_t unit = units / groups * group; unit < units / groups * (group + 1); ++unit)
@@ -182,6 +183,73 @@ std::tuple<Tensor, Tensor> pool(const Tensor& query, const Tensor& key, const Te
 
 // ---- backward ----
 
+// Everything of one group after the other, in the memory of the thread that does it.
+void differentiate_groups(const Call& call, const BackwardPlan& plan, int64_t head_floats, double work) {
+  const Kernels& kernels = *chosen.load();
+  int64_t sharing = call.heads / call.groups, near = sharing * head_floats;
+  share_out(call.batch * call.groups, work, near + kernels.backward_scratch(call), [&](int64_t group, float* own) {
+    BackwardPlan mine = plan;
+    mine.first_head = group * sharing, mine.packed = own;
+    mine.partial = own + sharing * plan.blocks * plan.packed_block;
+    int64_t first = mine.first_head * plan.blocks, last = first + sharing * plan.blocks;
+    for (int64_t unit = first; unit < last; ++unit) kernels.pack_rows(call, mine, unit);
+    for (int64_t share = 0; share < plan.shares; ++share)
+      kernels.backward(call, mine, group * plan.shares + share, own + near);
+    for (int64_t unit = first; unit < last; ++unit) kernels.gather_queries(call, mine, unit);
+  });
+}
+
+// Step by step, all heads at once. Units that would add to the same numbers of the bias's gradient are one unit, and
+// their turns have an order.
+void differentiate_heads(const Call& call, const BackwardPlan& plan, const Maybe& bias, double work) {
+  const Kernels& kernels = *chosen.load();
+  int64_t blocks = call.batch * call.heads * plan.blocks;
+  double rows_work = 4.0 * (double)(blocks * plan.packed_block);
+  share_out(blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.pack_rows(call, plan, unit); });
+  int64_t counts[] = {call.batch, call.groups, plan.shares}, apart[3];
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    int64_t of_bias[] = {0, 1, 3};
+    bool common = call.grad_bias.data && counts[axis] > 1 && bias->size(of_bias[axis]) == 1;
+    apart[axis] = common ? 1 : counts[axis];
+  }
+  share_out(apart[0] * apart[1] * apart[2], work, kernels.backward_scratch(call), [&](int64_t unit, float* own) {
+    int64_t place[] = {unit / apart[2] / apart[1], unit / apart[2] % apart[1], unit % apart[2]};
+    for (int64_t batch = place[0]; batch < counts[0]; batch += apart[0])
+      for (int64_t group = place[1]; group < counts[1]; group += apart[1])
+        for (int64_t share = place[2]; share < counts[2]; share += apart[2])
+          kernels.backward(call, plan, (batch * counts[1] + group) * counts[2] + share, own);
+  });
+  share_out(blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.gather_queries(call, plan, unit); });
+}
+
+void run_backward(const Call& call, const Maybe& bias, float* grad_slopes) {
+  const Kernels& kernels = *chosen.load();
+  constexpr int64_t kShares = 8;
+  BackwardPlan plan = {};
+  plan.blocks = ceil_div(call.queries, kernels.backward_rows);
+  plan.shares = std::clamp<int64_t>(ceil_div(call.keys, kernels.backward_tile), 1, kShares);
+  kernels.plan_backward(call, plan);
+  int64_t heads = call.batch * call.heads, groups = call.batch * call.groups;
+  int64_t head_floats = plan.blocks * plan.packed_block + plan.shares * plan.partial_head;
+  // Where groups alone keep all threads busy and fit L2, threads wake once instead of three times.
+  bool by_group = !call.grad_bias.data && groups >= 2 * torch::stable::get_num_threads() &&
+                  call.heads / call.groups * head_floats <= kGroupInL2;
+  int64_t common = by_group ? 0 : heads * head_floats;
+  Lease lease(shared_arena);
+  plan.packed = lease.floats(common + (grad_slopes ? heads * plan.shares : 0) + 16);
+  plan.partial = plan.packed + heads * plan.blocks * plan.packed_block;
+  plan.slopes = grad_slopes ? plan.packed + common : nullptr;
+  double work = 2.5 * multiply_adds(call) + 1;
+  if (by_group) differentiate_groups(call, plan, head_floats, work);
+  else differentiate_heads(call, plan, bias, work);
+  for (int64_t head = 0; grad_slopes && head < call.heads; ++head) {
+    grad_slopes[head] = 0;
+    for (int64_t batch = 0; batch < call.batch; ++batch)
+      for (int64_t share = 0; share < plan.shares; ++share)
+        grad_slopes[head] += plan.slopes[(batch * call.heads + head) * plan.shares + share];
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp, const Tensor& query, const Tensor& key,
     const Tensor& value, const Maybe& lengths, const Maybe& segments, const Maybe& allowed, const Maybe& bias,
@@ -207,19 +275,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   call.logsumexp = floats(logsumexp), call.row_sums = floats(row_sums);
   call.grad_query = strided(grad_query), call.grad_key = strided(grad_key), call.grad_value = strided(grad_value);
 
-  const Kernels& kernels = *chosen.load();
-  constexpr int64_t kShares = 8;
-  BackwardPlan plan = {};
-  plan.blocks = ceil_div(call.queries, kernels.backward_rows);
-  plan.shares = std::clamp<int64_t>(ceil_div(call.keys, kernels.backward_tile), 1, kShares);
-  kernels.plan_backward(call, plan);
-  int64_t heads = call.batch * call.heads, packed = heads * plan.blocks * plan.packed_block;
-  Lease lease(shared_arena);
-  plan.packed = lease.floats(packed + heads * plan.shares * (plan.partial_head + 1) + 16);
-  plan.partial = plan.packed + packed;
-  plan.slopes = to_slopes ? plan.partial + heads * plan.shares * plan.partial_head : nullptr;
-  double rows_work = 4.0 * (double)packed;
-  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.pack_rows(call, plan, unit); });
   STD_TORCH_CHECK((!to_bias || bias) && (!to_slopes || slopes), "sightline: no gradient of what is not there");
   Tensor grad_bias = to_bias ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}) : empty({0});
   Tensor grad_slopes = empty({to_slopes ? call.heads : 0});
@@ -228,29 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       std::memset(grad_bias.mutable_data_ptr(), 0, sizeof(float) * (size_t)grad_bias.numel());
     call.grad_bias = broadcast(grad_bias);
   }
-  // Units that would add to the same numbers of the bias's gradient are one unit, and their turns have an order.
-  int64_t counts[] = {call.batch, call.groups, plan.shares}, apart[3];
-  for (int64_t axis = 0; axis < 3; ++axis) {
-    int64_t of_bias[] = {0, 1, 3};
-    bool common = to_bias && counts[axis] > 1 && bias->size(of_bias[axis]) == 1;
-    apart[axis] = common ? 1 : counts[axis];
-  }
-  share_out(apart[0] * apart[1] * apart[2], 2.5 * multiply_adds(call) + 1, kernels.backward_scratch(call),
-            [&](int64_t unit, float* own) {
-    int64_t place[] = {unit / apart[2] / apart[1], unit / apart[2] % apart[1], unit % apart[2]};
-    for (int64_t batch = place[0]; batch < counts[0]; batch += apart[0])
-      for (int64_t group = place[1]; group < counts[1]; group += apart[1])
-        for (int64_t share = place[2]; share < counts[2]; share += apart[2])
-          kernels.backward(call, plan, (batch * counts[1] + group) * counts[2] + share, own);
-  });
-  share_out(heads * plan.blocks, rows_work, 0, [&](int64_t unit, float*) { kernels.gather_queries(call, plan, unit); });
-  for (int64_t head = 0; to_slopes && head < call.heads; ++head) {
-    float sum = 0;
-    for (int64_t batch = 0; batch < call.batch; ++batch)
-      for (int64_t share = 0; share < plan.shares; ++share)
-        sum += plan.slopes[(batch * call.heads + head) * plan.shares + share];
-    floats(grad_slopes)[head] = sum;
-  }
+  run_backward(call, bias, to_slopes ? floats(grad_slopes) : nullptr);
   return {grad_query, grad_key, grad_value, row_sums, grad_bias, grad_slopes};
 }
 

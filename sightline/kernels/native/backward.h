@@ -42,11 +42,19 @@ static RowBlock carve_rows(Scratch& scratch, const Call& call) {
   return rows;
 }
 
+// Where a block of rows lies, and what the first share gives to a head's queries; the other shares follow.
+INLINE float* packed_rows(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head, int64_t i) {
+  return plan.packed + ((batch * call.heads + head - plan.first_head) * plan.blocks + i) * plan.packed_block;
+}
+INLINE float* partial_of(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head) {
+  return plan.partial + (batch * call.heads + head - plan.first_head) * plan.shares * plan.partial_head;
+}
+
 static void plan_backward(const Call& call, BackwardPlan& plan) {
   Scratch count{nullptr};
   carve_rows(count, call);
   plan.packed_block = count.used;
-  plan.partial_head = call.queries * round_up(call.width, kLanes);
+  plan.partial_head = round_up(call.queries * round_up(call.width, kLanes), 16);
 }
 
 template <typename T>
@@ -74,7 +82,7 @@ static void pack_across(Dtype dtype, const Strided& from, int64_t batch, int64_t
 static void pack_row_block(const Call& call, const BackwardPlan& plan, int64_t unit) {
   int64_t i = unit % plan.blocks, head = unit / plan.blocks % call.heads, batch = unit / plan.blocks / call.heads;
   int64_t first = block_first(call, plan, i), count = block_first(call, plan, i + 1) - first;
-  Scratch packed{plan.packed + unit * plan.packed_block};
+  Scratch packed{packed_rows(call, plan, batch, head, i)};
   RowBlock rows = carve_rows(packed, call);
   rows.span[0] = call.keys, rows.span[1] = 0;
   for (int64_t r = 0; r < count; ++r) {
@@ -183,10 +191,10 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
                                 int64_t first, int64_t count, float* partial, float* to_slope, BackScratch& own) {
   int64_t query = block_first(call, plan, i), rows = block_first(call, plan, i + 1) - query;
   int64_t groups = row_groups_of(rows), at = (batch * call.heads + head) * call.queries + query;
-  Scratch packed{plan.packed + ((batch * call.heads + head) * plan.blocks + i) * plan.packed_block};
+  Scratch packed{packed_rows(call, plan, batch, head, i)};
   RowBlock block = carve_rows(packed, call);
   if (block.span[1] <= first || block.span[0] >= first + count) return;
-  int64_t wide = round_up(call.width, kLanes);
+  int64_t wide = round_up(call.width, kLanes), whole = round_up(count, kPanel);
   int64_t begin = kBackTile, end = 0, from = rows, to = 0;  // keys and rows that meet
   for (int64_t g = 0; g < groups; ++g) {
     int64_t top = rows * g / groups, height = rows * (g + 1) / groups - top, left = kBackTile, right = 0;
@@ -216,7 +224,7 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
         differentiate_row(call, batch, block.row[top + r], first, left, right, call.logsumexp[at + top + r],
                           call.row_sums[at + top + r], line, grad, own.cap + (top + r) * kBackStride, to_slope);
       for (int64_t k = 0; k < left; ++k) line[k] = grad[k] = 0;
-      for (int64_t k = right; k < kBackTile; ++k) line[k] = grad[k] = 0;
+      for (int64_t k = right; k < whole; ++k) line[k] = grad[k] = 0;
     }
     if (left < right)
       multiply<kBackStride, 1, Into::sum>(height, grads + begin_here, own.keys_along + begin_here * kPanel,
@@ -227,12 +235,15 @@ static void differentiate_block(const Call& call, const BackwardPlan& plan, int6
   int64_t key_groups = row_groups_of(end - begin);
   for (int64_t g = 0; g < key_groups; ++g) {
     int64_t key = begin + (end - begin) * g / key_groups, height = begin + (end - begin) * (g + 1) / key_groups - key;
-    multiply<1, kBackStride, Into::sum>(height, own.weights + from * kBackStride + key,
-                                        block.grad_along + from * kPanel, kBackRows * kPanel, to - from,
-                                        own.grad_values + key * padded_values(call), padded_values(call),
-                                        padded_values(call));
-    multiply<1, kBackStride, Into::sum>(height, own.grad_scores + from * kBackStride + key,
-                                        block.query_along + from * kPanel, kBackRows * kPanel, to - from,
+    auto meets = [&](const Row& row) { return row.start < first + key + height && row.stop > first + key; };
+    int64_t top = from, bottom = to;  // the others would add zeros
+    while (top < bottom && !meets(block.row[top])) ++top;
+    while (top < bottom && !meets(block.row[bottom - 1])) --bottom;
+    multiply<1, kBackStride, Into::sum>(height, own.weights + top * kBackStride + key, block.grad_along + top * kPanel,
+                                        kBackRows * kPanel, bottom - top, own.grad_values + key * padded_values(call),
+                                        padded_values(call), padded_values(call));
+    multiply<1, kBackStride, Into::sum>(height, own.grad_scores + top * kBackStride + key,
+                                        block.query_along + top * kPanel, kBackRows * kPanel, bottom - top,
                                         own.grad_keys + key * wide, wide, wide);
   }
 }
@@ -258,7 +269,7 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
   int64_t share = unit % plan.shares, group = unit / plan.shares % call.groups;
   int64_t batch = unit / plan.shares / call.groups, sharing = call.heads / call.groups;
   auto partial = [&](int64_t head) {
-    return plan.partial + ((batch * call.heads + head) * plan.shares + share) * plan.partial_head;
+    return partial_of(call, plan, batch, head) + share * plan.partial_head;
   };
   auto to_slope = [&](int64_t head) {
     return plan.slopes ? plan.slopes + (batch * call.heads + head) * plan.shares + share : nullptr;
@@ -273,8 +284,8 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
     pack_as_columns(call.dtype, call.value, batch, group, first, count, call.value_width, own.values);
     pack_as_rows(call.dtype, call.key, batch, group, first, count, call.width, 1.0f, own.keys_along,
                  kBackTile * kPanel);
-    clear(own.grad_keys, kBackTile * wide);
-    clear(own.grad_values, kBackTile * padded_values(call));
+    clear(own.grad_keys, count * wide);
+    clear(own.grad_values, count * padded_values(call));
     for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
       for (int64_t i = 0; i < plan.blocks; ++i)
         differentiate_block(call, plan, batch, head, i, first, count, partial(head), to_slope(head), own);
@@ -289,7 +300,7 @@ static void gather_queries(const Call& call, const BackwardPlan& plan, int64_t u
   int64_t i = unit % plan.blocks, head = unit / plan.blocks % call.heads, batch = unit / plan.blocks / call.heads;
   int64_t first = block_first(call, plan, i), count = block_first(call, plan, i + 1) - first;
   int64_t wide = round_up(call.width, kLanes);
-  float* sum = plan.partial + (batch * call.heads + head) * plan.shares * plan.partial_head + first * wide;
+  float* sum = partial_of(call, plan, batch, head) + first * wide;
   for (int64_t share = 1; share < plan.shares; ++share) {
     const float* more = sum + share * plan.partial_head;
     for (int64_t j = 0; j < count * wide; j += kLanes) store(sum + j, add(load(sum + j), load(more + j)));

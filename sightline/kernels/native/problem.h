@@ -83,9 +83,10 @@ struct Plan {
 struct BackwardPlan {
   int64_t blocks;       // of rows, a head
   int64_t shares;       // of a group's key tiles: tile i belongs to share i % shares
-  float* packed;        // queries and gradients of all heads in the kernel's layouts
+  int64_t first_head;   // counted through all batches, of those that `packed` and `partial` hold
+  float* packed;        // queries and gradients of these heads in the kernel's layouts
   int64_t packed_block; // floats a block of rows
-  float* partial;       // (batch heads shares queries padded width): what each share gives to the queries' gradient
+  float* partial;       // (heads shares queries padded width): what each share gives to the queries' gradient
   int64_t partial_head; // floats a head and share
   float* slopes;        // (batch heads shares): parts of the slopes' gradient; null: not asked for
 };
