@@ -18,6 +18,7 @@ from sightline.captures import Capture
 from sightline.checkpoints import read_json
 from sightline.corpora import Corpus
 from sightline.generation import SampleConfig, draw
+from sightline.huggingface.formats import INDEX, WEIGHTS, read_index
 from sightline.huggingface.interface import NAME, enable
 from sightline.huggingface.settings import read_settings
 from sightline.huggingface.watching import watch
@@ -34,6 +35,8 @@ OPTIONS: dict[str, Any] = {
     "output_loading_info": True,
 }
 """How transformers opens a model."""
+DESCRIPTION = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
+"""Of a model on the hub the files of settings and tokenizers."""
 
 
 def is_foreign(name: Path) -> bool:
@@ -115,9 +118,9 @@ class Foreign:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            there: dict[str, Any] = {} if name.exists() else {"revision": _revision(name.as_posix())}
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name.as_posix(), trust_remote_code=False, **there)
-            opened: Any = AutoModelForCausalLM.from_pretrained(name.as_posix(), **OPTIONS, **there)
+            folder = name if name.exists() else _fetched(name.as_posix())
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder.as_posix(), trust_remote_code=False)
+            opened: Any = AutoModelForCausalLM.from_pretrained(folder.as_posix(), **OPTIONS)
         except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             line = next(iter(str(error).strip().split("\n")), "")
             raise ValueError(f"transformers cannot open {name} as a language model: {line}") from error
@@ -185,20 +188,38 @@ class Foreign:
             read, cache, count = [token], output.past_key_values, count + 1
 
 
-def _revision(name: str) -> str:
-    """The newest commit of a model on the hub that can be had: of files that are here by it, nothing more is asked.
+def _fetched(name: str) -> Path:
+    """The folder of a model of the hub, newly fetched or kept from before: safetensors and what describes them.
 
-    Asked once. transformers itself would ask for each file, and wait and ask again for 50 seconds without a network.
+    Everything at once: transformers would ask for each file, and wait and ask again for a minute without a network.
 
-    Raises: OSError for a name that the hub does not have, or no way to it.
+    Raises: OSError for a name that the hub does not have or does not give, no way to it, or weights of another form.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns="config.json")).name
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", INDEX]))
+        weights = set(read_index(folder / INDEX).values()) if (folder / INDEX).exists() else {WEIGHTS}
+        # With one file that is there for certain: the library warns of patterns without any.
+        snapshot_download(name, revision=folder.name, allow_patterns=["config.json", *sorted(weights)])
+        if all((folder / file).exists() for file in weights):
+            snapshot_download(name, revision=folder.name, allow_patterns=DESCRIPTION)
+            return folder
+    except GatedRepoError as error:
+        raise OSError(
+            "the hub gives it to those alone who were let in: ask on its page, then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            "it is no folder here and no public model of the hub; of a private one, `hf auth login`"
+        ) from error
     except OSError as error:
         line = next(iter(str(error).strip().split("\n")), "").removeprefix("Got: ")
         raise OSError(f"it is no folder here, and the hub does not give it ({line})") from error
+    raise OSError(
+        "it has no safetensors: weights of another form may run any program when they are opened, and are not fetched"
+    )
 
 
 def _end(text: str, config: SampleConfig) -> int | None:

@@ -16,8 +16,8 @@ from sightline.huggingface.settings import read_settings, write_settings
 from sightline.models import Decoder
 from sightline.tokenizers import Tokenizer
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -30,7 +30,7 @@ def write_huggingface(folder: Path, model: Decoder) -> None:
     # More than one end is a list there; none is null.
     settings["eos_token_id"] = (ends[0] if len(ends) == 1 else ends) if ends else None
     checkpoints.write_json(folder / "config.json", {**settings, "torch_dtype": dtype})
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if model.tokenizer is None:
         return
     model.tokenizer.save(folder / "tokenizer.json")
@@ -80,24 +80,34 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
 
 def _stored(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from those that its index names."""
-    index = folder / _INDEX
-    if (folder / _WEIGHTS).exists() or not index.exists():
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
         pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
-        if pickled is not None and not (folder / _WEIGHTS).exists():
+        if pickled is not None and not (folder / WEIGHTS).exists():
             raise ValueError(
-                f"expected {folder / _WEIGHTS}, got {pickled}: a pickled file can run any program when it is opened, "
+                f"expected {folder / WEIGHTS}, got {pickled}: a pickled file can run any program when it is opened, "
                 "so it is refused; save the model again with transformers' save_pretrained"
             )
-        return checkpoints.read_tensors(folder / _WEIGHTS)
-    places = checkpoints.read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"expected {index} to hold a weight_map from tensors to files, got {places!r}")
+        return checkpoints.read_tensors(folder / WEIGHTS)
+    places = read_index(index)
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(places.values()):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"expected {index} to name safetensors files beside it, got {name!r}")
         tensors |= checkpoints.read_tensors(folder / name)
     for name in places:
         if name not in tensors:
             raise ValueError(f"expected {folder / places[name]} to hold the tensor {name}, but it is missing")
     return tensors
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Which of the safetensors files beside it holds each tensor.
+
+    Raises: ValueError for an index that says something else.
+    """
+    places = checkpoints.read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"expected {index} to hold a weight_map from tensors to files, got {places!r}")
+    for name in places.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"expected {index} to name safetensors files beside it, got {name!r}")
+    return places
