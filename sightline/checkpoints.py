@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -86,7 +86,8 @@ def replace_bytes(file: Path, content: bytes) -> None:
         temporary.replace(file)
         sync(file.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this even where there is nothing to remove
+            temporary.unlink(missing_ok=True)
         raise ValueError(f"expected to write {file}, but: {error}; free some space or choose another folder") from error
 
 

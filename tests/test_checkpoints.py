@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,18 @@ def test_replacing_a_text_that_cannot_be_written_keeps_the_old(tmp_path, monkeyp
         replace_text(file, "new")
     assert file.read_text(encoding="utf-8") == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_disk_on_which_nothing_can_be_removed_either(tmp_path, monkeypatch):
+    """On a read-only disk, removing what is not there is an error too."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(ValueError, match=r"expected to write .*file, but: .*Read-only file system; free some space"):
+        replace_text(tmp_path / "file", "new")
 
 
 # --- Bad checkpoints -----------------------------------------------------------------------------------
