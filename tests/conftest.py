@@ -21,3 +21,11 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "draw_run", lambda run, file=None: file or Path(run, curves.PICTURE))
         yield
+
+
+@pytest.fixture(scope="module")
+def text(request, tmp_path_factory) -> Path:
+    """A file with the `TEXT` of the tests' module."""
+    file = tmp_path_factory.mktemp("text") / "cats.txt"
+    file.write_text(request.module.TEXT, encoding="utf-8", newline="\n")
+    return file

@@ -56,13 +56,6 @@ def refused(capsys):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "cats.txt"
-    file.write_text(TEXT, encoding="utf-8", newline="\n")
-    return file
-
-
-@pytest.fixture(scope="module")
 def trained(text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
     assert run("train", text, "--out", out, *TINY, *CHARACTERS) == 0

@@ -204,13 +204,6 @@ def test_held_signals_wait_for_all():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "cats.txt"
-    file.write_text(TEXT, encoding="utf-8", newline="\n")
-    return file
-
-
-@pytest.fixture(scope="module")
 def straight(text, tmp_path_factory) -> Path:
     """A run of one process."""
     out = tmp_path_factory.mktemp("straight") / "run"

@@ -24,13 +24,6 @@ TINY = (*SHAPE, "--recipe", "long", "--steps", 12, "--batch", 4, "--evaluate-eve
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "cats.txt"
-    file.write_text(TEXT, encoding="utf-8", newline="\n")
-    return file
-
-
-@pytest.fixture(scope="module")
 def straight(text, tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("straight") / "run"
