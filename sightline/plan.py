@@ -29,7 +29,7 @@ from sightline.runs import check_folder
 from sightline.schedule import TrainConfig, autocast, choose_device, choose_precision
 from sightline.tokenizers import Kind, Tokenizer
 from sightline.trainer import Trainer
-from sightline.training import Preset, decoder_config, new_tokenizer, same_tokenizer
+from sightline.training import Preset, new_tokenizer, preset_config, same_tokenizer
 
 # Of a longer text so much is read, evenly taken: its tokens and vocabulary are then estimates.
 _READ_BYTES = 16 << 20
@@ -131,7 +131,7 @@ def plan(
     """
     device = choose_device(check_changes(recipe, config))
     changes = dict(model or {})
-    decoder_config(preset, 1, changes)
+    preset_config(DecoderConfig, preset, 1, changes)
     check_folder(Path(out), resume=resume)
     corpus = open_corpus(source, errors=errors)
     newest = steps(Path(out))[0] if resume else None
@@ -143,7 +143,7 @@ def plan(
     used = 0.0 if newest is None else float(read_json(newest / "training.json")["seconds"])
     data, exact, sizes = _sample(corpus, text)
     config, changes, said = settle(recipe, config, changes, preset, tokens=sizes["train"], vocabulary=len(text))
-    shape = decoder_config(preset, len(text), changes)
+    shape = preset_config(DecoderConfig, preset, len(text), changes)
     memory, seconds, parameters = _measured(shape, data, config, device)
     limit = config.step_limit
     if seconds is not None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from sightline.causality import check_causal
 from sightline.checkpoints import Model, read_config
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.distributed import Team
+from sightline.encoder_decoder import EncoderDecoderConfig
 from sightline.loop import Interrupted, Listener, Run, TrainResult
 from sightline.models import Decoder, DecoderConfig
 from sightline.recipes import RecipeName, check_changes, settle
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Preset = Literal["modern", "classic"]
+Shape = TypeVar("Shape", DecoderConfig, EncoderDecoderConfig)
 
 _VOCABULARY_BYTES = 1 << 28
 
@@ -81,7 +83,7 @@ def train(
     """
     out = Path(out)
     changes = dict(model or {})
-    decoder_config(preset, 1, changes)  # a bad setting is known before any work is done
+    preset_config(DecoderConfig, preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(check_changes(recipe, config))
     team = Team.here()
     with team.together():
@@ -107,7 +109,7 @@ def train(
         settled, changes, said = settle(recipe, config, changes, preset, tokens=tokens, vocabulary=len(text))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settled.seed)
-            decoder = Decoder(decoder_config(preset, len(text), changes))
+            decoder = Decoder(preset_config(DecoderConfig, preset, len(text), changes))
         decoder.tokenizer = text
         return fit_in(decoder, data, folder, settled, listener, team, said)
 
@@ -231,8 +233,8 @@ def new_tokenizer(
     return Tokenizer.train(chosen, texts, size if vocabulary is None else vocabulary)
 
 
-def decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> DecoderConfig:
-    """The preset with changes.
+def preset_config(made_of: type[Shape], preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> Shape:
+    """The preset of a config with changes.
 
     Raises:
         ValueError: an unknown preset, an unknown or a bad setting.
@@ -241,8 +243,8 @@ def decoder_config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) 
         raise ValueError(f"expected preset to be {' or '.join(get_args(Preset))}, got {preset!r}")
     if "vocabulary" in changes:
         raise ValueError("expected no vocabulary among the model's settings, it is the tokenizer's: use --vocabulary")
-    DecoderConfig.from_dict({"vocabulary": vocabulary, **changes})  # names the nearest of an unknown key
-    make = DecoderConfig.classic if preset == "classic" else DecoderConfig.modern
+    made_of.from_dict({"vocabulary": vocabulary, **changes})  # names the nearest of an unknown key
+    make = made_of.classic if preset == "classic" else made_of.modern
     return make(vocabulary=vocabulary, **changes)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from sightline.runs import RunFolder
 from sightline.schedule import TrainConfig, autocast, choose_device
 from sightline.tokenizers import Kind, Tokenizer
 from sightline.trainer import Trainer
-from sightline.training import Preset, fit_in, same_tokenizer
+from sightline.training import Preset, fit_in, preset_config, same_tokenizer
 
 _LEAST_CONTEXT = 64
 _VOCABULARY_PAIRS = 1 << 20
@@ -78,7 +78,7 @@ def train_pairs(
     1
     """
     out, changes = Path(out), dict(model or {})
-    _config(preset, 1, changes)  # a bad setting is known before any work is done
+    preset_config(EncoderDecoderConfig, preset, 1, changes)  # a bad setting is known before any work is done
     choose_device(config.device)
     if Team.here().size > 1 or config.accumulate > 1:
         raise ValueError("translation trains in one process, a batch at once: drop torchrun and --accumulate")
@@ -93,7 +93,7 @@ def train_pairs(
         changes.setdefault("context", _context(data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            translator = EncoderDecoder(_config(preset, len(text), changes))
+            translator = EncoderDecoder(preset_config(EncoderDecoderConfig, preset, len(text), changes))
         translator.tokenizer = text
         return fit_in(translator, data, folder, config, listener, ALONE, make=PairTrainer)
 
@@ -286,13 +286,3 @@ def _new_tokenizer(parallel: Parallel, kind: Kind, vocabulary: int | None) -> To
 def _context(data: TokenizedPairs) -> int:
     longest = int(max(data.train.lengths.max(), data.valid.lengths.max()))
     return max(_LEAST_CONTEXT, 1 << (2 * longest - 1).bit_length())
-
-
-def _config(preset: Preset, vocabulary: int, changes: Mapping[str, Any]) -> EncoderDecoderConfig:
-    if preset not in get_args(Preset):
-        raise ValueError(f"expected preset to be {' or '.join(get_args(Preset))}, got {preset!r}")
-    if "vocabulary" in changes:
-        raise ValueError("expected no vocabulary among the model's settings, it is the tokenizer's: use --vocabulary")
-    EncoderDecoderConfig.from_dict({"vocabulary": vocabulary, **changes})  # names the nearest of an unknown key
-    make = EncoderDecoderConfig.classic if preset == "classic" else EncoderDecoderConfig.modern
-    return make(vocabulary=vocabulary, **changes)
