@@ -18,12 +18,13 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, Positiona
 from sightline.beams import DecodeConfig
 from sightline.captures import Capture
 from sightline.checking.command import check
-from sightline.checkpoints import load, steps
-from sightline.corpora import Corpus, Errors, open_corpus
+from sightline.checkpoints import steps
+from sightline.corpora import Errors
 from sightline.encoder_decoder import EncoderDecoder
 from sightline.events import each
 from sightline.generation import SampleConfig
 from sightline.models import Decoder
+from sightline.opening import fetch, open_model, open_text
 from sightline.options import Decoding, Sampling, Shape, Training, given
 from sightline.recipes import RecipeName
 from sightline.schedule import TrainConfig
@@ -122,7 +123,7 @@ def train(
             if plan and team.size > 1:
                 raise ValueError("--plan is made by one process: run it without torchrun")
             if download and team.leads:
-                _download(source)
+                fetch(source)
             if team.leads and not plan:
                 shown = (picture, *([TensorBoard(out)] if log else []), TrainProgress())
                 listeners = [stack.enter_context(one) for one in shown]
@@ -183,7 +184,7 @@ def evaluate(
     from sightline.pairs import open_pairs
     from sightline.translation import score_pairs
 
-    decoder = _load(model, Decoder, EncoderDecoder)
+    decoder = open_model(model, Decoder, EncoderDecoder)
     if isinstance(decoder, EncoderDecoder):
         if any(one is not None for one in (context, stride, dynamic, cache)) or errors != "strict":
             raise ValueError("pairs are UTF-8 and scored whole: drop --context, --stride, --dynamic, --errors, --cache")
@@ -191,7 +192,7 @@ def evaluate(
         print(f"{parallel.name}, {split}: {score_pairs(decoder, parallel.split(split), name=parallel.name)}")
         return
     assert decoder.tokenizer is not None
-    corpus = _open(source, errors)
+    corpus = open_text(source, errors)
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no {split} split; choose --split {' or '.join(corpus.splits)}")
     data = tokenize(corpus, decoder.tokenizer, model / "tokens" if cache is None else cache)
@@ -214,7 +215,7 @@ def generate(
     """Write, word by word, from a prompt."""
     from sightline.huggingface.folders import write
 
-    stream(prompt, write(model, _load, prompt, SampleConfig(**vars(sampling))))
+    stream(prompt, write(model, open_model, prompt, SampleConfig(**vars(sampling))))
 
 
 def translate(
@@ -230,7 +231,7 @@ def translate(
     if text and source is not None:
         raise ValueError("give a text or --source, not both")
     config = DecodeConfig(**vars(decoding))
-    translator = _load(model, EncoderDecoder)
+    translator = open_model(model, EncoderDecoder)
     lines = [text] if text else read_lines(source) if source is not None else sys.stdin.read().splitlines()
     for line in translation.translate(translator, lines, config):
         print(harmless(line) if sys.stdout.isatty() else line)
@@ -294,16 +295,16 @@ def _stages(
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
     names = [one for one in (model, compare) if one is not None]
     if target is None and any(map(folders.is_foreign, names)):
-        return folders.stages(names, _load, _open(text, errors), tell=note, **options)
-    first = _load(model, Decoder, EncoderDecoder)
+        return folders.stages(names, open_model, open_text(text, errors), tell=note, **options)
+    first = open_model(model, Decoder, EncoderDecoder)
     if isinstance(first, EncoderDecoder):
         if compare or options["folder"] or options["tokens"] or errors != "strict":
             raise ValueError("a translation is looked at alone and whole: drop --compare, --save, --tokens, --errors")
         return translation(first, text, target=target, tell=note, layers=options["layers"], write=options["write"])
     if target is not None:
         raise ValueError(f"--target is of a translation, and {model} holds a decoder, which reads --text alone")
-    models = {str(model): first, **({str(compare): _load(compare, Decoder)} if compare else {})}
-    return stages(models, _open(text, errors), tell=note, **options)
+    models = {str(model): first, **({str(compare): open_model(compare, Decoder)} if compare else {})}
+    return stages(models, open_text(text, errors), tell=note, **options)
 
 
 def bench() -> None:
@@ -374,33 +375,6 @@ def _usage() -> str:
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
-
-
-def _load(folder: Path, *kinds: type) -> Any:
-    model = load(folder)
-    if not isinstance(model, kinds):
-        words = ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
-        raise ValueError(f"{folder} holds {words[0]}, which this command does not take: try sightline {words[1]}")
-    if model.tokenizer is None:
-        raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text; save it with model.tokenizer set")
-    return model
-
-
-def _open(source: str, errors: Errors) -> Corpus:
-    corpus = open_corpus(source, errors=errors)
-    if corpus.left_out:
-        note(corpus.left_out)
-    return corpus
-
-
-def _download(source: str) -> None:
-    from sightline.downloads import DOWNLOADS, cache_folder, download
-
-    if source not in DOWNLOADS:
-        raise ValueError(f"--download fetches {' or '.join(DOWNLOADS)}, not {source!r}; drop it for a text of your own")
-    wanted = DOWNLOADS[source]
-    print(f"fetching {wanted.url} ({wanted.size / 1e6:.1f} MB, {wanted.licence})", file=sys.stderr)
-    download(source, cache_folder())
 
 
 def entry() -> None:

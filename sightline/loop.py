@@ -5,32 +5,23 @@ Knows no text and no terminal; what happens is written to the run's log and told
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from torch import Tensor
+from typing import Literal, get_args
 
 from sightline.advice import Advice
-from sightline.checkpoints import read_config, read_weights
 from sightline.evaluation import Evaluation
 from sightline.events import Ended, Evaluated, Event, Saved, Started, Stepped, Warned
 from sightline.interrupts import Interrupts
 from sightline.memory import peak_bytes
+from sightline.resuming import EVALUATIONS, read_state
 from sightline.runs import Follower, RunFolder
 from sightline.schedule import TrainConfig
-from sightline.tokenizers import Tokenizer
 from sightline.trainer import Diverged, Step, Trainer
 
 Listener = Callable[[Event], None]
 Stopped = Literal["steps", "minutes", "patience"]
-
-# Settings that a resumed run may change; any other would make it another run.
-_MAY_CHANGE = {
-    *("steps", "minutes", "evaluate_every", "evaluate_batches", "patience"),
-    *("device", "accumulate", "parallel", "compile"),
-}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -258,36 +249,17 @@ class Run:
     def restore(self) -> None:
         """Goes back to the folder's latest step, after checking that it is of the same run."""
         with self.team.together():
-            weights, tensors, state = ({}, {}, {}) if isinstance(self.folder, Follower) else self._read(self.folder)
+            weights, tensors, state = {}, {}, {}
+            if not isinstance(self.folder, Follower):
+                weights, tensors, state = read_state(self.folder, self.trainer.model, self.config, self.fingerprint)
         state = self.team.tell(state)
         self.trainer.restore(weights, tensors, state["step"])
-        evaluations = (value and Evaluation(**value) for value in (state[name] for name in _EVALUATIONS))
+        evaluations = (value and Evaluation(**value) for value in (state[name] for name in EVALUATIONS))
         self.start, self.best, self.final = evaluations
         self.best_step, self.without_gain = state["best_step"], state["without_gain"]
         self.advice = Advice.of_state(state["advice"])
         self.began -= state["seconds"]
         self.slowest_look = state["look_seconds"]
-
-    def _read(self, folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """The weights, the trainer's state and this object's of the folder's latest step, checked."""
-        path, tensors, state = folder.read()
-        model, tokenizer = read_config(path)
-        _check_same("model", model.to_dict(), self.trainer.model.config.to_dict(), path)
-        _check_tokenizer(tokenizer, self.trainer.model.tokenizer, path)
-        for name, kind in _STATE.items():
-            _check_entry(state, name, path, kind)
-        _check_same("text", state["data"], self.fingerprint, path)
-        config = {**asdict(self.config), "betas": list(self.config.betas)}
-        _check_same("config", state["config"], config, path, may_change=_MAY_CHANGE)
-        for name in _EVALUATIONS:
-            _check_evaluation(state, name, path)
-        try:
-            Advice.of_state(state["advice"])
-        except ValueError as error:
-            raise ValueError(f"in {path / 'training.json'}: {error}") from None
-        if state["best_step"] is not None and not folder.has(state["best_step"]):
-            state["best"] = state["best_step"] = None
-        return read_weights(self.trainer.model, path), tensors, state
 
     # --- What happens, told ---------------------------------------------------------------------------
 
@@ -350,57 +322,3 @@ class Run:
             )
         )
         self._warn(self.advice.of_step(loss=step.loss, learning_rate=self.config.learning_rate))
-
-
-_EVALUATIONS = ("start", "best", "final")
-_STATE: dict[str, Any] = {
-    **dict.fromkeys(_EVALUATIONS, dict | None),
-    "step": int,
-    "best_step": int | None,
-    "without_gain": int,
-    "seconds": int | float,
-    "look_seconds": int | float,
-    **dict.fromkeys(("advice", "data", "config"), dict),
-}
-
-
-def _check_entry(state: Mapping[str, Any], key: str, path: Path, kind: Any) -> None:
-    if key not in state:
-        raise ValueError(f"expected the key {key!r} in {path / 'training.json'}, but it is missing")
-    if not isinstance(state[key], kind):
-        raise ValueError(
-            f"expected {key!r} in {path / 'training.json'} to be {getattr(kind, '__name__', kind)}, got {state[key]!r}"
-        )
-
-
-def _check_evaluation(state: Mapping[str, Any], key: str, path: Path) -> None:
-    values = state[key]
-    names = {field.name for field in fields(Evaluation)}
-    if values is not None and values.keys() != names:
-        raise ValueError(
-            f"expected {key!r} in {path / 'training.json'} to hold {', '.join(sorted(names))}, got {values!r}"
-        )
-
-
-def _check_same(
-    what: str,
-    stored: Mapping[str, Any],
-    given: Mapping[str, Any],
-    path: Path,
-    *,
-    may_change: Set[str] = frozenset(),
-) -> None:
-    for name in given:
-        if name not in may_change and stored.get(name) != given[name]:
-            raise ValueError(
-                f"expected the {what} of the run to resume, whose {name} is {stored.get(name)!r} in {path}, "
-                f"got {name} {given[name]!r}: give the same, or start a new run in another --out"
-            )
-
-
-def _check_tokenizer(stored: Tokenizer | None, given: Tokenizer | None, path: Path) -> None:
-    if (stored and stored.hash) != (given and given.hash):
-        raise ValueError(
-            f"expected the tokenizer of the run to resume, {stored} in {path}, got {given} with other tokens: "
-            "give the same, or start a new run in another --out"
-        )

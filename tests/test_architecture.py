@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sightline"
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"checking.command"},
+    {"checking.command", "opening"},
     {
         "demo",
         "diagnosis",
@@ -39,6 +39,7 @@ ROWS = [
     {"checking.definitions"},
     {"training", "pace"},
     {"loop"},
+    {"resuming"},
     {"trainer", "runs", "curves"},
     {"optimizers", "recipes", "logs"},
     {"viewer.server", "events"},
