@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sightline.corpora import Corpus
 from sightline.encoding import Encoded, cores, encode_all, width
+from sightline.files import sha256
 from sightline.locks import Lock
 from sightline.tokenizers import Tokenizer
 
@@ -368,15 +369,7 @@ def _open(folder: Path, made_of: dict[str, Any]) -> TokenizedCorpus | None:
 
 
 def _token_file(file: Path, dtype: str, facts: dict[str, Any]) -> TokenFile:
-    if file.stat().st_size != facts["num_ids"] * np.dtype(dtype).itemsize or _digest(file) != facts["sha256"]:
+    if file.stat().st_size != facts["num_ids"] * np.dtype(dtype).itemsize or sha256(file) != facts["sha256"]:
         raise ValueError(f"{file} is damaged: {facts['num_ids']} ids expected")
     counts = {name: facts[name] for name in ("num_bytes", "num_words", "num_unknown")}
     return TokenFile(ids=np.memmap(file, dtype=dtype, mode="r"), **counts)
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,27 +1,32 @@
-"""Models as folders of safetensors and JSON: `save`, `load`, and writing that is whole or not at all.
+"""Models as folders of safetensors and JSON: `save`, `load`.
 
 A checkpoint is `model.safetensors`, `config.json` and, where the model has one, `tokenizer.json`; `manifest.json`
 holds the sha256 of each, so that a damaged byte is found before it is believed. Nothing is pickled, so opening a
 stranger's checkpoint runs no code. Knows nothing about training.
 """
 
-import hashlib
-import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from sightline.files import (
+    MANIFEST,
+    check_whole,
+    expect_file,
+    is_whole,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_manifest,
+)
 from sightline.models import Decoder, DecoderConfig
 from sightline.tokenizers import OTHER, Tokenizer
 
@@ -32,79 +37,11 @@ FORMAT = 1
 _SINCE = {"norm_epsilon", "rotary_scaling", "window_before", "query_key_value_bias", "counts", "pointer"}
 """Settings that older checkpoints lack: their defaults say what was so before."""
 STEP_FOLDER = re.compile(r"step-\d+")
-TEMPORARY = ".writing-"
-MANIFEST = "manifest.json"
 _KINDS = {"decoder": (Decoder, DecoderConfig), "encoder-decoder": (EncoderDecoder, EncoderDecoderConfig)}
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 # --- Writing -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which takes the name `folder` only when it is complete and on disk.
-
-    Leaves nothing behind when the block fails or is interrupted.
-
-    Raises:
-        ValueError: the disk is full or the folder cannot be written.
-    """
-    temporary = folder.with_name(TEMPORARY + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            # safetensors makes files that only their owner may read; a checkpoint follows the umask.
-            file.chmod(temporary.stat().st_mode & 0o666)
-            sync(file)
-        sync(temporary)
-        temporary.replace(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as its own error.
-        raise ValueError(
-            f"expected to write {folder}, but: {error}; free some space or choose another folder "
-            "(what was saved there before is untouched)"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Replaces a text file by rename: a reader sees the old text or the new one, never a part."""
-    replace_bytes(file, text.encode())
-
-
-def replace_bytes(file: Path, content: bytes) -> None:
-    """Replaces a file by rename: a reader sees what it held or what it holds now, never a part."""
-    temporary = file.with_name(TEMPORARY + file.name)
-    try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        temporary.replace(file)
-        sync(file.parent)
-    except OSError as error:
-        with suppress(OSError):  # a read-only disk refuses this even where there is nothing to remove
-            temporary.unlink(missing_ok=True)
-        raise ValueError(f"expected to write {file}, but: {error}; free some space or choose another folder") from error
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Writes a mapping as indented JSON."""
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and keeps their entries itself.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_model(folder: Path, model: Model, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -124,12 +61,6 @@ def write_model(folder: Path, model: Model, weights: Mapping[str, Tensor] | None
     write_json(folder / "config.json", {**head, **model.config.to_dict()})
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
-
-
-def write_manifest(folder: Path) -> None:
-    """Writes the sha256 of every file of a folder, which `check_whole` compares."""
-    files = {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    write_json(folder / MANIFEST, {"files": files})
 
 
 def save(folder: str | Path, model: Model, *, format: Format = "sightline") -> Path:
@@ -158,11 +89,7 @@ def save(folder: str | Path, model: Model, *, format: Format = "sightline") -> P
         raise ValueError(f"expected format to be {' or '.join(get_args(Format))}, got {format!r}")
     if format == "huggingface" and not isinstance(model, Decoder):
         raise ValueError("expected a Decoder for the format huggingface, got an EncoderDecoder: save it as sightline")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"expected a new or empty folder, but {folder} holds something: choose another")
-    if folder.exists():
-        folder.rmdir()
-    with whole(folder) as temporary:
+    with new_folder(folder) as temporary:
         if format == "huggingface":
             # Imported when it is asked for: it writes and reads with what stands here.
             from sightline.huggingface.formats import write_huggingface
@@ -214,35 +141,6 @@ def load(folder: str | Path) -> Any:
     return model.eval()
 
 
-def check_whole(folder: Path) -> None:
-    """Compares every file of a checkpoint with its manifest.
-
-    Raises:
-        ValueError: a file is missing, or has changed since it was written.
-    """
-    manifest = folder / MANIFEST
-    files = read_json(manifest).get("files")
-    if not isinstance(files, dict):
-        raise ValueError(f"expected {manifest} to hold the sha256 of files, got {files!r}: it is damaged")
-    for name, expected in files.items():
-        _expect_file(folder / name)
-        found = _sha256(folder / name)
-        if found != expected:
-            raise ValueError(
-                f"{folder / name} is damaged: expected the sha256 {str(expected)[:12]}... of {MANIFEST}, got "
-                f"{found[:12]}..."
-            )
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is as it was written."""
-    try:
-        check_whole(folder)
-    except ValueError:
-        return False
-    return True
-
-
 def _with_a_whole_step(error: ValueError, out: Path, otherwise: str) -> ValueError:
     whole_step = next(filter(is_whole, steps(out)), None)
     return ValueError(f"{error}; {otherwise if whole_step is None else f'{whole_step} is whole: give that'}")
@@ -252,14 +150,6 @@ def steps(out: Path) -> list[Path]:
     """The step folders of a run, newest first."""
     found = [path for path in out.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig | EncoderDecoderConfig, Tokenizer | None]:
@@ -324,31 +214,6 @@ def read_weights(model: Model, folder: Path) -> dict[str, Tensor]:
 _FOREIGN = "the file belongs to another model than config.json; copy both from the same checkpoint"
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file into memory that does not lean on the file."""
-    _expect_file(file)
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(
-            f"expected {file} to be a whole safetensors file, but: {error}; "
-            f"it holds {file.stat().st_size:,} bytes and was cut short or is of another format: copy it again"
-        ) from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
-    _expect_file(file)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"expected {file} to be JSON, but: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"expected {file} to hold a JSON object, but it holds a {type(data).__name__}")
-    return data
-
-
 def step_folder(folder: str | Path) -> Path:
     """The folder that holds the weights: for a run's folder its best step, else the folder itself."""
     folder = Path(folder)
@@ -383,7 +248,7 @@ def read_pointer(out: Path) -> dict[str, str]:
 
 
 def _read_tokenizer(file: Path, kind: object, vocabulary: int, ends: Any) -> Tokenizer:
-    _expect_file(file)
+    expect_file(file)
     tokenizer = Tokenizer.load(file, size=vocabulary if kind == OTHER else None, ends=ends or ())
     if (tokenizer.kind, len(tokenizer)) != (kind, vocabulary):
         raise ValueError(
@@ -391,11 +256,6 @@ def _read_tokenizer(file: Path, kind: object, vocabulary: int, ends: Any) -> Tok
             f"{len(tokenizer)} of {tokenizer.kind!r}: copy both from the same checkpoint"
         )
     return tokenizer
-
-
-def _expect_file(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"expected the file {file}, but it is missing: the checkpoint is not complete")
 
 
 def own_tensors(model: Model) -> dict[str, Tensor]:

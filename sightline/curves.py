@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sightline.checkpoints import replace_bytes
 from sightline.events import Evaluated, Event, Stepped
+from sightline.files import replace_bytes
 from sightline.logs import LOG, read_log
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sightline.captures import Capture
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from sightline.files import new_folder
 from sightline.layers import MultiHeadAttention
 from sightline.masks import Mask
 from sightline.models import Decoder, evaluating
 from sightline.pairs import line_end
 from sightline.recording import Recorder, record
-from sightline.store import load_capture, new_folder, write_description
+from sightline.store import load_capture, write_description
 
 if TYPE_CHECKING:
     from sightline.tokenizers import Tokenizer

@@ -18,9 +18,10 @@ import torch
 from sightline.advice import Advice
 from sightline.batches import TokenFile, TokenizedCorpus
 from sightline.causality import check_causal
-from sightline.checkpoints import read_json, steps
+from sightline.checkpoints import steps
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.evaluation import evaluate
+from sightline.files import read_json
 from sightline.memory import held_bytes, machine_bytes, peak_bytes, shown
 from sightline.models import Decoder, DecoderConfig
 from sightline.pace import clock

@@ -23,22 +23,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sightline.checkpoints import (
+from sightline.checkpoints import Model, steps, write_model
+from sightline.events import Event, as_record
+from sightline.files import (
     TEMPORARY,
-    Model,
     check_whole,
     is_whole,
     read_json,
     read_tensors,
     replace_text,
-    steps,
     sync,
     whole,
     write_json,
     write_manifest,
-    write_model,
 )
-from sightline.events import Event, as_record
 from sightline.locks import LOCK, Lock
 from sightline.logs import LOG, record
 

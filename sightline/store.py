@@ -7,8 +7,7 @@ opened memory-mapped and without the model. Nothing is pickled. Knows nothing of
 import json
 import mmap
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sightline.captures import AXES, Capture
-from sightline.checkpoints import read_json, whole
+from sightline.files import new_folder, read_json
 from sightline.masks import TENSORS, Mask
 
 FORMAT = 1
@@ -151,18 +150,6 @@ def save_capture(capture: Capture, folder: str | Path) -> Path:
             store.release()
         write_description(capture, temporary)
     return Path(folder)
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the name of a new or empty one when it is complete."""
-    folder = Path(folder)
-    if folder.exists():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise ValueError(f"expected a new or empty folder, but {folder} holds something: choose another")
-        folder.rmdir()
-    with whole(folder) as temporary:
-        yield temporary
 
 
 def write_description(capture: Capture, folder: Path) -> None:

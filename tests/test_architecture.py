@@ -66,7 +66,7 @@ ROWS = [
     {"attention", "huggingface.recipes"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
-    {"encoding", "pairs"},
+    {"encoding", "files", "pairs"},
     {"shapes", "corpora", "tokenizers", "passages", "kernels.build", "locks", "advice", "memory", "interrupts"},
     {"downloads", "numerals", "figures"},
 ]

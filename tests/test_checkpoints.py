@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sightline import checkpoints
-from sightline.checkpoints import check_whole, load, replace_text, save, step_folder, whole, write_manifest
+from sightline import checkpoints, files
+from sightline.checkpoints import load, save, step_folder
+from sightline.files import check_whole, replace_text, whole, write_manifest
 from sightline.models import Decoder, DecoderConfig
 from sightline.tokenizers import Tokenizer
 
@@ -168,7 +169,7 @@ def test_replacing_a_text_that_cannot_be_written_keeps_the_old(tmp_path, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(ValueError, match="No space left"):
         replace_text(file, "new")
     assert file.read_text(encoding="utf-8") == "old"

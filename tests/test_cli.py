@@ -19,8 +19,9 @@ import pytest
 from commands import check_line, run, stop_at
 
 from sightline import bench, cli, demo
-from sightline.checkpoints import save, write_manifest
+from sightline.checkpoints import save
 from sightline.cli import COMMANDS
+from sightline.files import write_manifest
 from sightline.models import Decoder, DecoderConfig
 from sightline.schedule import TrainConfig
 from sightline.terminal import free, has_screen

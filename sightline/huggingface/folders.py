@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from sightline import generation, looking
 from sightline.captures import Capture
-from sightline.checkpoints import read_json
 from sightline.corpora import Corpus
+from sightline.files import read_json
 from sightline.generation import SampleConfig, draw
 from sightline.huggingface.formats import INDEX, WEIGHTS, read_index
 from sightline.huggingface.interface import NAME, enable

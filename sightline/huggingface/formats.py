@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sightline import checkpoints
+from sightline.files import read_json, read_tensors, write_json
 from sightline.huggingface import families
 from sightline.huggingface.settings import read_settings, write_settings
 from sightline.models import Decoder
@@ -29,7 +29,7 @@ def write_huggingface(folder: Path, model: Decoder) -> None:
     ends = sorted(model.tokenizer.ends) if model.tokenizer is not None else []
     # More than one end is a list there; none is null.
     settings["eos_token_id"] = (ends[0] if len(ends) == 1 else ends) if ends else None
-    checkpoints.write_json(folder / "config.json", {**settings, "torch_dtype": dtype})
+    write_json(folder / "config.json", {**settings, "torch_dtype": dtype})
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if model.tokenizer is None:
         return
@@ -41,7 +41,7 @@ def write_huggingface(folder: Path, model: Decoder) -> None:
     }
     if ends:
         description["eos_token"] = model.tokenizer.pieces(ends[:1])[0]
-    checkpoints.write_json(folder / "tokenizer_config.json", description)
+    write_json(folder / "tokenizer_config.json", description)
 
 
 def read_huggingface(folder: Path) -> Decoder:
@@ -51,7 +51,7 @@ def read_huggingface(folder: Path) -> Decoder:
         ValueError: a model that is no `Decoder`, naming the setting or the tensor; pickled weights; a file that is
             missing or damaged.
     """
-    config = checkpoints.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     try:
         family, settings = read_settings(config)
     except ValueError as error:
@@ -74,7 +74,7 @@ def read_huggingface(folder: Path) -> Decoder:
 def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
     """The tokens that end a text: what generation_config.json says, else config.json."""
     file = folder / "generation_config.json"
-    ends = (checkpoints.read_json(file) if file.exists() else config).get("eos_token_id")
+    ends = (read_json(file) if file.exists() else config).get("eos_token_id")
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
@@ -88,11 +88,11 @@ def _stored(folder: Path) -> dict[str, Tensor]:
                 f"expected {folder / WEIGHTS}, got {pickled}: a pickled file can run any program when it is opened, "
                 "so it is refused; save the model again with transformers' save_pretrained"
             )
-        return checkpoints.read_tensors(folder / WEIGHTS)
+        return read_tensors(folder / WEIGHTS)
     places = read_index(index)
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(places.values()):
-        tensors |= checkpoints.read_tensors(folder / name)
+        tensors |= read_tensors(folder / name)
     for name in places:
         if name not in tensors:
             raise ValueError(f"expected {folder / places[name]} to hold the tensor {name}, but it is missing")
@@ -104,7 +104,7 @@ def read_index(index: Path) -> dict[str, str]:
 
     Raises: ValueError for an index that says something else.
     """
-    places = checkpoints.read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"expected {index} to hold a weight_map from tensors to files, got {places!r}")
     for name in places.values():
