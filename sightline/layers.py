@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline import passes
 from sightline.attention import attention, observe
 from sightline.cache import Cache
 from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
-from sightline.rows import RMSNorm, kernel_maps, linear_maps, plain
+from sightline.rows import RMSNorm, joined_map, kernel_maps, linear_maps, plain
 from sightline.shapes import shaped
 
 Norm = Literal["rms", "layer"]
@@ -175,12 +176,7 @@ class MultiHeadAttention(nn.Module):
             query = _normed(self.query(x).unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
             key, value = cache.read(self.layer)
             return self._attend(query, key, value, mask, return_weights=return_weights)
-        query, key, value = self._project(x, context)
-        query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if self.rotary is not None:
-            start = 0 if cache is None else cache.length
-            query, key = self.rotary(query, start), self.rotary(key, start)
+        query, key, value = self._project(x, context, cache)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         return self._attend(query, key, value, mask, return_weights=return_weights)
@@ -235,25 +231,41 @@ class MultiHeadAttention(nn.Module):
         (output,) = linear_maps(heads.transpose(1, 2).flatten(-2), self.output)
         return (output, _weights(query, key, value, mask).flatten(0, 1)) if return_weights else output
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch queries heads width), (batch keys groups width), (batch keys groups value_width)."""
+    def _project(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch heads queries width), normed and turned, keys likewise (groups in the place of heads), values."""
+        maps = (self.query, self.key, self.value)
+        if context is None and cache is None and self.training and passes.served(x, self.query.weight):
+            if plain(*maps, self.query_norm, self.key_norm, self.rotary):
+                return self._place(joined_map(x, *maps))
         if context is None:
-            query, key, value = self._joined(x, self.query, self.key, self.value)
+            query, key, value = self._each(x, *maps)
         else:
-            query, (key, value) = self.query(x), self._joined(context, self.key, self.value)
-        return (
-            query.unflatten(-1, (self.num_heads, -1)),
-            key.unflatten(-1, (self.num_groups, -1)),
-            value.unflatten(-1, (self.num_groups, -1)),
+            query, (key, value) = self.query(x), self._each(context, self.key, self.value)
+        query = _normed(query.unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
+        key = _normed(key.unflatten(-1, (self.num_groups, -1)), self.key_norm).transpose(1, 2)
+        value = value.unflatten(-1, (self.num_groups, -1)).transpose(1, 2)
+        if self.rotary is not None:
+            start = 0 if cache is None else cache.length
+            query, key = self.rotary(query, start), self.rotary(key, start)
+        return query, key, value
+
+    def _place(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by the native kernel."""
+        norms = (self.query_norm, self.key_norm)
+        return passes.placed(
+            joined,
+            heads=self.num_heads,
+            groups=self.num_groups,
+            width=self.query.out_features // self.num_heads,
+            norms=(None if norms[0] is None else norms[0].weight, None if norms[1] is None else norms[1].weight),
+            epsilon=self.norm_epsilon,
+            tables=None if self.rotary is None else self.rotary.tables(joined.shape[1], joined),
         )
 
-    def _joined(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    def _each(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
         if not self.training or not plain(*maps):
             return linear_maps(x, *maps)
-        # One product instead of three, and two instead of six in the backward, for a copy of the weights.
-        bias = None if maps[0].bias is None else torch.cat([linear.bias for linear in maps])
-        joined = F.linear(x, torch.cat([linear.weight for linear in maps]), bias)
-        return joined.split([linear.out_features for linear in maps], dim=-1)
+        return joined_map(x, *maps).split([linear.out_features for linear in maps], dim=-1)
 
     def _mask(self, given: Mask | Tensor | None) -> Mask | Tensor | None:
         if not self.causal and self.before is None and self.slopes is None:
@@ -296,7 +308,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}[activation]
+        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": passes.gelu_tanh, "relu": F.relu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         gate = () if self.gate is None else (self.gate,)
@@ -304,7 +316,9 @@ class FeedForward(nn.Module):
             return cpu.feed_forward(x, *maps)
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
-            hidden = self.activation(up)
+            hidden = passes.activated(self.activation, up)
+        elif self.training and plain(self.gate, self.up):
+            hidden = passes.activated(passes.gated_silu, joined_map(x, self.gate, self.up))
         else:
             gate, up = linear_maps(x, self.gate, self.up)
             hidden = self.activation(gate) * up
@@ -358,10 +372,6 @@ def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | 
     """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
     epsilon = EPSILON[kind] if epsilon is None else epsilon
     return RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:

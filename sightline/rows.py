@@ -6,26 +6,27 @@ nothing of attention.
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline import passes
 from sightline.kernels import cpu
 from sightline.positions import Rotary
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`; few rows are the native kernel's.
+    """`nn.RMSNorm`; few rows, and those with a gradient, are the native kernel's.
 
-    >>> import torch
     >>> RMSNorm(2, eps=0.0)(torch.tensor([[1.0, 7.0]])).tolist()
     [[0.20000000298023224, 1.399999976158142]]
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        epsilon = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if cpu.projects(x, self.weight):
-            assert self.eps is not None
-            return cpu.norm(x, self.weight, self.eps)
-        return super().forward(x)
+            return cpu.norm(x, self.weight, epsilon)
+        return passes.rms_norm(x, self.weight, epsilon)
 
 
 _OURS = (nn.Linear, RMSNorm, Rotary)
@@ -35,6 +36,15 @@ def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
     """What each of up to three maps makes of x; of few rows all of them together."""
     maps = kernel_maps(x, *linears)
     return [linear(x) for linear in linears] if maps is None else cpu.project(x, *maps)
+
+
+def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
+    """What the maps make of x, side by side: for a copy of the weights one product, and two in the backward.
+
+    For training; the modules are not called.
+    """
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:

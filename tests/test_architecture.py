@@ -62,6 +62,7 @@ ROWS = [
     {"models"},
     {"layers", "mixture"},
     {"rows"},
+    {"passes"},
     {"cache", "positions", "losses", "counts", "huggingface.interface"},
     {"attention", "huggingface.recipes"},
     {"observation"},

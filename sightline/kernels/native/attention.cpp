@@ -14,6 +14,7 @@
 #include "steps.h"
 #include "tensors.h"
 #include "threads.h"
+#include "training.h"
 
 namespace sightline {
 namespace {
@@ -321,6 +322,17 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor? query_norm, Tensor? key_norm, float epsilon, "
       "Tensor? cosine, Tensor? sine, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? lengths, Tensor? slopes, "
       "int before, int after) -> Tensor");
+  library.def("bend(Tensor x, int curve, bool gated) -> Tensor");
+  library.def("bend_backward(Tensor grad, Tensor x, int curve, bool gated) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)");
+  library.def(
+      "place(Tensor joined, int heads, int groups, int width, Tensor? query_norm, Tensor? key_norm, float epsilon, "
+      "Tensor? cosine, Tensor? sine) -> Tensor");
+  library.def(
+      "place_backward(Tensor by_queries, Tensor by_keys, Tensor by_values, Tensor joined, int heads, int groups, "
+      "int width, Tensor? query_norm, Tensor? key_norm, float epsilon, Tensor? cosine, Tensor? sine) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
@@ -332,6 +344,12 @@ STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("norm", TORCH_BOX(&sightline::norm));
   library.impl("feed_forward", TORCH_BOX(&sightline::feed_forward));
   library.impl("attend", TORCH_BOX(&sightline::attend));
+  library.impl("bend", TORCH_BOX(&sightline::bend));
+  library.impl("bend_backward", TORCH_BOX(&sightline::bend_backward));
+  library.impl("rms_norm", TORCH_BOX(&sightline::rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&sightline::rms_norm_backward));
+  library.impl("place", TORCH_BOX(&sightline::place));
+  library.impl("place_backward", TORCH_BOX(&sightline::place_backward));
 }
 
 // For tests, the doctor and the benchmark, through ctypes.

@@ -2,6 +2,7 @@
 // SIGHTLINE_ISA, its name. All of it has internal linkage and it includes no header of the standard library or of
 // torch: an inline function that two such files share would be kept once by the linker, in either's instructions.
 #include "backward.h"
+#include "passes.h"
 #include "rows.h"
 #include "window.h"
 
@@ -46,6 +47,7 @@ const Kernels NAME(SIGHTLINE_ISA) = {
     scratch_floats,      pack,           attend,         merge,            gather,         window_units,
     window_scratch,      pool_window,    kBackRows,      kBackTile,        plan_backward,  backward_scratch,
     pack_row_block,      backward,       gather_queries, project,          norm_row,
-    turn_row,            activate,       probe,
+    turn_row,            activate,       bend,           bend_back,      norm_rows,     norm_rows_back,
+    place_heads,         place_heads_back, probe,
 };
 }  // namespace sightline

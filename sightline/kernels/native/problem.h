@@ -101,6 +101,16 @@ struct Projection {
   int64_t columns, out_row;
 };
 
+// An activation: x times a step from 0 to 1.
+enum class Curve : int32_t { silu, gelu, gelu_tanh };
+
+// Heads that lie side by side in a row, and the norm over the width of each, if there is one.
+struct HeadRow {
+  int64_t count, width;
+  const float* norm;  // (width), or null
+  float epsilon;
+};
+
 // The work of one instruction set. `unit` counts from 0; `scratch` is 64-byte aligned and private to the worker.
 struct Kernels {
   const char* name;
@@ -128,6 +138,14 @@ struct Kernels {
   void (*norm_row)(const float* x, const float* weight, float epsilon, int64_t width, float* out);
   void (*turn_row)(float* x, const float* cosine, const float* sine, int64_t width);
   void (*activate)(const float* gate, float* up, int64_t count);
+  void (*bend)(Curve, const float* x, const float* up, int64_t count, float* out);
+  void (*bend_back)(Curve, const float* grad, const float* x, const float* up, int64_t count, float* to_x, float* to_up);
+  void (*norm_rows)(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* out);
+  void (*norm_rows_back)(const float* grad, const float* x, const float* weight, float epsilon, int64_t rows,
+                         int64_t width, float* out, float* to_weight);  // the latter is added to
+  void (*place_heads)(const HeadRow&, const float* x, const float* cosine, const float* sine, float* out);
+  void (*place_heads_back)(const HeadRow&, const float* grad, const float* x, const float* cosine, const float* sine,
+                           float* out, float* to_norm);
   // Independent multiply-adds and nothing else, for the benchmark's ceilings: of floats, or by the bf16 dot product (0
   // without one). How many there were.
   int64_t (*probe)(int64_t rounds, bool dot, float* out);

@@ -1,0 +1,160 @@
+"""What stands between the matrix products of a training step, each in one pass over memory forward and one backward.
+
+Activations, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32, where a gradient is
+wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sightline.kernels import cpu
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The approximation of gelu that GPT-2 was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gated_silu(joined: Tensor) -> Tensor:
+    """silu(gate) * up of the two side by side (... 2 * d_ff).
+
+    >>> gated_silu(torch.tensor([0.0, 2.0, 5.0, 10.0])).round(decimals=4)
+    tensor([ 0.0000, 17.6159])
+    """
+    gate, up = joined.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# The kernel's number of an activation, and whether it joins two halves.
+_CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
+    gated_silu: (0, True),
+    F.gelu: (1, False),
+    gelu_tanh: (2, False),
+}
+
+
+def served(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the native kernel serves: x in float32 on a CPU, with a gradient, and nobody traces or transforms."""
+    if cpu.MISSING or type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *weights)):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+
+
+def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), an activation."""
+    return _Activated.apply(x, function) if function in _CURVES and served(x) else function(x)  # pyright: ignore[reportReturnType]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
+
+    >>> rms_norm(torch.tensor([[1.0, 7.0]]), torch.ones(2), 0.0).tolist()
+    [[0.20000000298023224, 1.399999976158142]]
+    """
+    if served(x, weight):
+        return _Normed.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def placed(
+    joined: Tensor,
+    *,
+    heads: int,
+    groups: int,
+    width: int,
+    norms: tuple[Tensor | None, Tensor | None],
+    epsilon: float,
+    tables: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (batch heads tokens width) of their joined map (batch tokens columns).
+
+    Queries and keys are normed over the width of a head, if there are norms, and turned by `Rotary`'s tables, if there
+    are any. Where `served` says so.
+    """
+    return _Placed.apply(joined, *norms, *(tables or (None, None)), heads, groups, width, epsilon)  # pyright: ignore[reportReturnType]
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        result = torch.ops.sightline.bend.default(_rows(x), *_CURVES[function])
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        if torch.is_grad_enabled():
+            return *_by_definition(ctx.function, grad, x), None
+        return torch.ops.sightline.bend_backward.default(_rows(grad), _rows(x), *_CURVES[ctx.function]).view_as(x), None
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return torch.ops.sightline.rms_norm.default(_rows(x), weight, epsilon).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (grad,) = ctx.saved_tensors, grads
+        if torch.is_grad_enabled():
+            norm = lambda x, weight: F.rms_norm(x, weight.shape, weight, ctx.epsilon)  # noqa: E731
+            return *_by_definition(norm, grad, x, weight), None
+        by_x, by_weight = torch.ops.sightline.rms_norm_backward.default(_rows(grad), _rows(x), weight, ctx.epsilon)
+        return by_x.view_as(x), by_weight, None
+
+
+class _Placed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, heads, groups, width, epsilon = arguments
+        ctx.save_for_backward(joined, *tensors)
+        ctx.numbers = heads, groups, width, epsilon
+        ctx.set_materialize_grads(True)
+        of_both = (heads + groups) * width
+        both = joined[..., :of_both].unflatten(-1, (-1, width))
+        if any(tensor is not None for tensor in tensors):
+            both = torch.ops.sightline.place.default(*_placing(joined, tensors, ctx.numbers))
+        value = joined[..., of_both:].unflatten(-1, (groups, -1))
+        return both[:, :, :heads].transpose(1, 2), both[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        joined, *tensors = ctx.saved_tensors
+        by_joined, *by_norms = torch.ops.sightline.place_backward.default(
+            *(grad.transpose(1, 2).contiguous() for grad in grads), *_placing(joined, tensors, ctx.numbers)
+        )
+        by_norms = (None if norm is None else grad for norm, grad in zip(tensors[:2], by_norms, strict=True))
+        return by_joined, *by_norms, None, None, None, None, None, None
+
+
+def _placing(joined: Tensor, tensors: list[Tensor | None], numbers: tuple[int, int, int, float]) -> tuple[Any, ...]:
+    """The arguments of both operators, as they take them."""
+    query_norm, key_norm, cosine, sine = tensors
+    heads, groups, width, epsilon = numbers
+    return joined, heads, groups, width, query_norm, key_norm, epsilon, cosine, sine
+
+
+def _by_definition(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
+    """The gradients of function(*inputs) by autograd, so that they have gradients too."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    with torch.enable_grad():
+        by_wanted = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return [next(by_wanted) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()

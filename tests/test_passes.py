@@ -1,0 +1,231 @@
+"""What stands between the products of a training step: as accurate as the definition, and only where it serves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sightline import passes
+from sightline.kernels import cpu
+from sightline.layers import FeedForward, MultiHeadAttention
+from sightline.models import Decoder, DecoderConfig
+from sightline.positions import Rotary
+from sightline.rows import RMSNorm
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
+
+ACTIVATIONS = [F.gelu, passes.gelu_tanh, passes.gated_silu]
+SHAPES = [(1, 2), (3, 7, 6), (5, 130), (700, 66)]
+
+
+@pytest.fixture(params=cpu.available())
+def instructions(request):
+    before = cpu.instructions()
+    cpu.use_instructions(request.param)
+    yield request.param
+    cpu.use_instructions(before)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_gradients(function, *inputs, dtype=torch.float32):
+    """What the function gives, and the gradients of a weighted sum of it."""
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    output = function(*inputs)
+    return output, *torch.autograd.grad(output, inputs, drawn(*output.shape, seed=9).to(dtype))
+
+
+def assert_as_accurate(ours, definition, *inputs):
+    """Each number within twice the largest error that the definition has in float32."""
+    sides = with_gradients(ours, *inputs), with_gradients(definition, *inputs)
+    exact = with_gradients(definition, *inputs, dtype=torch.float64)
+    for tried, known, true in zip(*sides, exact, strict=True):
+        assert tried.shape == true.shape
+        budget = 2 * (known - true).abs().max() + 5e-7 * true.abs().max()
+        assert (tried - true).abs().max() <= budget
+
+
+def test_the_judge_sees_a_wrong_gradient():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return F.silu(x)
+
+        @staticmethod
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return grad
+
+    with pytest.raises(AssertionError):
+        assert_as_accurate(Wrong.apply, F.silu, drawn(4, 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_an_activation_is_its_definition(function, shape, instructions):
+    x = 3 * drawn(*shape)
+    assert passes.served(x.requires_grad_())
+    assert_as_accurate(lambda x: passes.activated(function, x), function, x)
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS[:2])
+def test_an_activation_far_out_and_of_what_is_no_number(function, instructions):
+    x = torch.tensor([-1e30, -200.0, -13.0, -1.25, -0.0, 1.25, 13.0, 200.0, 1e18, torch.nan])
+    assert_as_accurate(lambda x: passes.activated(function, x), function, x[1:-2])
+    ends = with_gradients(lambda x: passes.activated(function, x), x)
+    assert [tensor[-1].isnan().item() for tensor in ends] == [True, True]
+    assert ends[0][0] == 0 and ends[0][-2] == 1e18
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_norm_is_its_definition(shape, instructions):
+    x, weight = drawn(*shape), drawn(shape[-1], seed=1)
+
+    def definition(x, weight):
+        return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+    assert_as_accurate(lambda x, weight: passes.rms_norm(x, weight, 1e-6), definition, x, weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"query_key_norm": True, "num_groups": 2, "d_v": 12},
+        {"rotary": Rotary(6), "bias": False},
+        {"rotary": Rotary(6), "query_key_norm": True, "num_groups": 1, "dropout": 0.2},
+    ],
+    ids=["plain", "norms", "rotary", "both"],
+)
+def test_heads_in_their_place_are_the_modules_own(settings, instructions, monkeypatch):
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(24, 4, causal=True, **settings)
+    for norm in (layer.query_norm, layer.key_norm):
+        if norm is not None:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x, names = drawn(2, 37, 24), [name for name, _ in layer.named_parameters()]
+
+    def run(x, *weights):
+        torch.manual_seed(1)  # what dropout drops
+        twin = copy.deepcopy(layer).to(x.dtype)
+        for name, weight in zip(names, weights, strict=True):
+            module, _, last = name.rpartition(".")
+            owner = twin.get_submodule(module)
+            del owner._parameters[last]
+            setattr(owner, last, weight)
+        return twin(x)
+
+    def by_definition(*inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "served", lambda *_: False)
+            return run(*inputs)
+
+    if layer.dropout:  # the kernel's dropout, which float64 has not
+        inputs = [x, *layer.parameters()]
+        for tried, known in zip(with_gradients(run, *inputs), with_gradients(by_definition, *inputs), strict=True):
+            torch.testing.assert_close(tried, known, rtol=1e-4, atol=2e-5)
+    else:
+        assert_as_accurate(run, by_definition, x, *layer.parameters())
+
+
+def test_a_norm_or_a_map_with_a_hook_is_called():
+    seen = []
+    attention = MultiHeadAttention(8, 2, query_key_norm=True, causal=True)
+    attention.query_norm.register_forward_hook(lambda *_: seen.append("norm"))
+    network = FeedForward(8, 16)
+    network.up.register_forward_hook(lambda *_: seen.append("up"))
+    x = drawn(1, 5, 8).requires_grad_()
+    attention(x), network(x)
+    assert seen == ["norm", "up"]
+
+
+def test_it_serves_float32_with_a_gradient_alone():
+    x = drawn(3, 4)
+    assert not passes.served(x)
+    x.requires_grad_()
+    assert passes.served(x)
+    with torch.no_grad():
+        assert not passes.served(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not passes.served(x)
+    assert not passes.served(x.double()) and not passes.served(x.bfloat16()) and not passes.served(x[:0])
+    assert not passes.served(x, drawn(4, 3).T) and passes.served(drawn(3, 4), drawn(4).requires_grad_())
+    norm = RMSNorm(4)
+    directional = torch.func.vmap(torch.func.grad(lambda row: norm(row).sum()))(x.detach())
+    (known,) = torch.autograd.grad(norm(x).sum(), x)
+    torch.testing.assert_close(directional, known)
+
+
+@pytest.mark.parametrize("function", [*ACTIVATIONS, "norm"])
+def test_second_derivatives_are_the_definitions(function):
+    def curvature(apply, x):
+        x = x.requires_grad_()
+        (slope,) = torch.autograd.grad(apply(x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.pow(2).sum(), x)[0]
+
+    def ours(x):
+        return passes.rms_norm(x, weight, 1e-6) if function == "norm" else passes.activated(function, x)
+
+    def definition(x):
+        return F.rms_norm(x, (6,), weight.double(), 1e-6) if function == "norm" else function(x)
+
+    weight = drawn(6, seed=1)
+    torch.testing.assert_close(curvature(ours, drawn(5, 6)).double(), curvature(definition, drawn(5, 6).double()))
+
+
+def test_a_step_has_the_same_bits_with_any_number_of_threads():
+    ids, threads = torch.randint(50, (8, 33), generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    settings = {"vocabulary": 50, "d_model": 96, "num_layers": 1, "context": 32}
+    steps = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            model = Decoder(DecoderConfig(**settings))
+            x = model.embedding(ids[:, :-1]).detach().requires_grad_()
+            norm, maps = model.blocks[0].attention_norm, model.blocks[0].feed_forward
+            hidden = passes.activated(passes.gated_silu, torch.cat((norm(x), x), dim=-1))
+            placed = model.blocks[0].attention._place(torch.cat((x, norm(x), x), dim=-1))
+            total = hidden.sin().sum() + sum(part.cos().sum() for part in placed) + maps.up.weight.sum()
+            total.backward()
+            named = model.blocks[0].named_parameters()
+            steps.append([x.grad, *(weight.grad for _, weight in named if weight.grad is not None)])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(steps[0]) == 5  # x, the norm, the heads' two norms, and the sum's own
+    for other in steps[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(steps[0], other, strict=True))
+
+
+@given(rows=st.integers(1, 70), half=st.integers(1, 40), seed=st.integers(0, 99))
+def test_a_rows_bits_are_its_own(rows, half, seed):
+    x = drawn(rows, 2 * half, seed=seed).requires_grad_()
+    for function in ACTIVATIONS:
+        whole = passes.activated(function, x)
+        (by_x,) = torch.autograd.grad(whole.sum(), x)
+        last = x[-1:].detach().requires_grad_()
+        alone = passes.activated(function, last)
+        assert torch.equal(alone, whole[-1:])
+        assert torch.equal(torch.autograd.grad(alone.sum(), last)[0], by_x[-1:])
+
+
+def test_the_operators_refuse_what_does_not_belong_together():
+    operators, x, joined = torch.ops.sightline, drawn(4, 6), drawn(1, 4, 24)
+    for call in (
+        lambda: operators.bend(x, 3, False),
+        lambda: operators.bend(drawn(4, 5), 0, True),
+        lambda: operators.bend_backward(x, x, 0, True),
+        lambda: operators.bend(x.double(), 0, False),
+        lambda: operators.rms_norm(x, drawn(5), 1e-6),
+        lambda: operators.rms_norm_backward(drawn(3, 6), x, drawn(6), 1e-6),
+        lambda: operators.place(joined, 2, 2, 12, None, None, 1e-6, None, None),
+        lambda: operators.place(joined, 2, 1, 6, drawn(5), drawn(6), 1e-6, None, None),
+        lambda: operators.place(joined, 2, 1, 6, None, None, 1e-6, drawn(3, 6), drawn(3, 6)),
+    ):
+        with pytest.raises(RuntimeError, match="sightline:"):
+            call()
