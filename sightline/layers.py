@@ -232,11 +232,11 @@ class MultiHeadAttention(nn.Module):
         return (output, _weights(query, key, value, mask).flatten(0, 1)) if return_weights else output
 
     def _project(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (batch heads queries width), normed and turned, keys likewise (groups in the place of heads), values."""
+        """Queries and keys (batch heads tokens width), normed and turned, and values; of the last two groups."""
         maps = (self.query, self.key, self.value)
-        if context is None and cache is None and self.training and passes.served(x, self.query.weight):
-            if plain(*maps, self.query_norm, self.key_norm, self.rotary):
-                return self._place(joined_map(x, *maps))
+        alone = context is None and cache is None and self.training
+        if alone and plain(*maps, self.query_norm, self.key_norm, self.rotary) and passes.served(x, self.query.weight):
+            return self._place(joined_map(x, *maps))
         if context is None:
             query, key, value = self._each(x, *maps)
         else:
@@ -365,7 +365,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training else x
+        return passes.dropped(x, self.dropout) if self.training else x
 
 
 def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline import passes
 from sightline.cache import Cache
 from sightline.counts import Counts
 from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
@@ -262,7 +262,7 @@ class Decoder(nn.Module):
             x = x * math.sqrt(self.config.d_model)
         if self.positions is not None:
             x = self.positions(x, start)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = passes.dropped(x, self.config.dropout) if self.training else x
         for block in self.blocks:
             x = block(x, cache=cache)
         x = x if self.norm is None else self.norm(x)

@@ -1,11 +1,11 @@
 """What stands between the matrix products of a training step, each in one pass over memory forward and one backward.
 
-Activations, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32, where a gradient is
-wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
+Activations, dropout, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32, where a
+gradient is wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,16 @@ def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return _Activated.apply(x, function) if function in _CURVES and served(x) else function(x)  # pyright: ignore[reportReturnType]
 
 
+def dropped(x: Tensor, dropout: float) -> Tensor:
+    """Each number is 0 with the probability `dropout`, else divided by 1 - dropout: for training.
+
+    By the kernel, what is dropped is a hash of a number drawn from torch's generator, so that no mask is kept.
+    """
+    if not dropout or not served(x):
+        return F.dropout(x, dropout)
+    return _Dropped.apply(x, dropout, torch.randint(2**63 - 1, ()))  # pyright: ignore[reportReturnType]
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
 
@@ -97,6 +107,18 @@ class _Activated(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_by_definition(ctx.function, grad, x), None
         return torch.ops.sightline.bend_backward.default(_rows(grad), _rows(x), *_CURVES[ctx.function]).view_as(x), None
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.dropout = dropout
+        return torch.ops.sightline.drop.default(_rows(x), dropout, seed).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, _Dropped.apply(grads[0], ctx.dropout, *ctx.saved_tensors)), None, None
 
 
 class _Normed(torch.autograd.Function):

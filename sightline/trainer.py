@@ -73,6 +73,7 @@ class Trainer:
                 block.compile()
         self.replica = Replica(model, team, device=self.device, sharded=self.sharded, precision=self.precision)
         self.optimizers = Optimizers(model, config)
+        self._parameters = list(model.parameters())  # in order of their names; walking through the modules takes time
         self.step = 0
         self.trained_tokens, self.trained_seconds = 0, 0.0
         self._unseen: list[tuple[int, float, Tensor]] = []
@@ -123,8 +124,11 @@ class Trainer:
             with autocast(self.device, self.precision):
                 last = turn + 1 == self.config.accumulate
                 losses.append(self.replica.backward(*drawn, share=share, last=last))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf, foreach=True)
-        return torch.stack(losses).sum(), whole(norm)
+        return torch.stack(losses).sum(), whole(self._clipped())
+
+    def _clipped(self) -> Tensor:
+        """Scales the gradients down, if they are to be; their norm before."""
+        return nn.utils.clip_grad_norm_(self._parameters, self.config.clip or math.inf, foreach=True)
 
     def _part(self, part: int) -> tuple[Tensor, ...]:
         """Inputs, targets and, for a model that has counted the text, where the windows begin."""
@@ -183,7 +187,10 @@ class Trainer:
     def _seed(self) -> None:
         """Sets what dropout draws from in this step: a function of the seed, the step and the process."""
         (drawn,) = np.random.SeedSequence([self.config.seed, self.step, self.team.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn))
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(int(drawn))
+        else:  # every device's; it keeps a stack trace for each that is not in use yet, a millisecond a step
+            torch.manual_seed(int(drawn))
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors, whole, on the first process; nothing on the others, which must ask too."""

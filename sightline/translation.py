@@ -3,7 +3,6 @@
 Knows no terminal.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.beams import DecodeConfig, find_targets
 from sightline.distributed import ALONE, Team
@@ -132,9 +131,7 @@ class PairTrainer(Trainer):
             loss = self.model.loss(*(part.to(self.device) for part in drawn), smoothing=self.config.smoothing)
         self.optimizers.zero_grad()
         loss.backward()
-        return loss.detach(), nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.clip or math.inf, foreach=True
-        )
+        return loss.detach(), self._clipped()
 
     def _evaluation(self) -> Evaluation:
         given = islice(batches(self.valid_tokens, tokens=self._tokens), self.config.evaluate_batches)

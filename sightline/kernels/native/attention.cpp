@@ -324,6 +324,7 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "int before, int after) -> Tensor");
   library.def("bend(Tensor x, int curve, bool gated) -> Tensor");
   library.def("bend_backward(Tensor grad, Tensor x, int curve, bool gated) -> Tensor");
+  library.def("drop(Tensor x, float dropout, Tensor seed) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
   library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)");
   library.def(
@@ -346,6 +347,7 @@ STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("attend", TORCH_BOX(&sightline::attend));
   library.impl("bend", TORCH_BOX(&sightline::bend));
   library.impl("bend_backward", TORCH_BOX(&sightline::bend_backward));
+  library.impl("drop", TORCH_BOX(&sightline::drop));
   library.impl("rms_norm", TORCH_BOX(&sightline::rms_norm));
   library.impl("rms_norm_backward", TORCH_BOX(&sightline::rms_norm_backward));
   library.impl("place", TORCH_BOX(&sightline::place));

@@ -1,5 +1,5 @@
-// Dropout of weights without a mask in memory: whether a weight stays is a hash of the seed and of its place, so the
-// backward, every block and every thread find the same.
+// Dropout without a mask in memory: whether a number stays is a hash of the seed and of its place, so the backward, every
+// block and every thread find the same.
 #pragma once
 
 #include "softmax.h"
@@ -17,26 +17,33 @@ struct Place {
   uint32_t first, second;
 };
 
-static Place place_of(const Call& call, int64_t batch, const Row& row) {
-  uint64_t place = (uint64_t)((batch * call.heads + row.head) * call.queries + row.query);
-  uint64_t x = call.seed + 0x9e3779b97f4a7c15u * (place + 1);  // splitmix64 (Steele et al. 2014)
+static Place place_of(uint64_t seed, int64_t row) {
+  uint64_t x = seed + 0x9e3779b97f4a7c15u * ((uint64_t)row + 1);  // splitmix64 (Steele et al. 2014)
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
   x = (x ^ x >> 27) * 0x94d049bb133111ebu;
   x ^= x >> 31;
   return {(uint32_t)x, (uint32_t)(x >> 32)};
 }
 
-// For keys [key, key + kLanes): 0 for those that are dropped, 1 / (1 - dropout) for the others. The rounds are those of
+static Place place_of(const Call& call, int64_t batch, const Row& row) {
+  return place_of(call.seed, (batch * call.heads + row.head) * call.queries + row.query);
+}
+
+// For columns [column, column + kLanes): 0 where dropped, 1 / (1 - dropout) elsewhere. The rounds are those of
 // a 32-bit hash without visible bias (lowbias32, Wellons 2018).
-INLINE V kept(const Call& call, const Place& place, int64_t key) {
+INLINE V kept(uint32_t dropped, float factor, const Place& place, int64_t column) {
   U x;
   for (int i = 0; i < kLanes; ++i) x[i] = (uint32_t)i;
-  x = (x + splat_bits((uint32_t)key)) * splat_bits(0x9e3779b1u) ^ splat_bits(place.first);
+  x = (x + splat_bits((uint32_t)column)) * splat_bits(0x9e3779b1u) ^ splat_bits(place.first);
   x = (x ^ x >> 16) * splat_bits(0x7feb352du) + splat_bits(place.second);
   x = (x ^ x >> 15) * splat_bits(0x846ca68bu);
   x ^= x >> 16;
-  U stays = (U)(x >= splat_bits(call.dropped));
-  return (V)(stays & splat_bits(float_to_bits(call.kept)));
+  U stays = (U)(x >= splat_bits(dropped));
+  return (V)(stays & splat_bits(float_to_bits(factor)));
+}
+
+INLINE V kept(const Call& call, const Place& place, int64_t key) {
+  return kept(call.dropped, call.kept, place, key);
 }
 
 // Weights [begin, end) of a row, of keys first + [begin, end), and with kPairs also their bf16 in `rounded`.

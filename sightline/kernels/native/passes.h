@@ -1,8 +1,8 @@
 // What stands between the matrix products of a training step, forward and backward, each in one pass over memory:
-// activations and gates, norms, heads normed and turned.
+// activations and gates, dropout, norms, heads normed and turned.
 #pragma once
 
-#include "vectors.h"
+#include "dropout.h"
 
 namespace sightline {
 namespace {
@@ -99,6 +99,17 @@ static void bend_back(Curve curve, const float* grad, const float* x, const floa
   if (curve == Curve::silu) bend_row_back<Silu>(grad, x, up, count, to_x, to_up);
   else if (curve == Curve::gelu) bend_row_back<Gelu>(grad, x, up, count, to_x, to_up);
   else bend_row_back<GeluTanh>(grad, x, up, count, to_x, to_up);
+}
+
+// ---- dropout ----
+
+static void drop_rows(const Dropping& by, const float* x, int64_t first, int64_t last, int64_t width, float* out) {
+  for (int64_t row = first; row < last; ++row) {
+    Place place = place_of(by.seed, row);
+    for (int64_t j = 0; j < width; j += kLanes)
+      store_most(out + row * width + j,
+                 mul(load_most(x + row * width + j, width - j), kept(by.dropped, by.kept, place, j)), width - j);
+  }
 }
 
 // ---- norms: y = x r weight, with r = 1 / sqrt(mean(x^2) + epsilon) ----

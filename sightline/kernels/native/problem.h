@@ -104,6 +104,13 @@ struct Projection {
 // An activation: x times a step from 0 to 1.
 enum class Curve : int32_t { silu, gelu, gelu_tanh };
 
+// Which numbers of (rows width) are dropped: those whose hash is below `dropped`; the others are multiplied.
+struct Dropping {
+  uint64_t seed;
+  uint32_t dropped;
+  float kept;
+};
+
 // Heads that lie side by side in a row, and the norm over the width of each, if there is one.
 struct HeadRow {
   int64_t count, width;
@@ -140,6 +147,7 @@ struct Kernels {
   void (*activate)(const float* gate, float* up, int64_t count);
   void (*bend)(Curve, const float* x, const float* up, int64_t count, float* out);
   void (*bend_back)(Curve, const float* grad, const float* x, const float* up, int64_t count, float* to_x, float* to_up);
+  void (*drop_rows)(const Dropping&, const float* x, int64_t first, int64_t last, int64_t width, float* out);
   void (*norm_rows)(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* out);
   void (*norm_rows_back)(const float* grad, const float* x, const float* weight, float epsilon, int64_t rows,
                          int64_t width, float* out, float* to_weight);  // the latter is added to

@@ -1,4 +1,4 @@
-// The operators between the matrix products of a training step: activations and gates, norms, heads put in their place;
+// The operators between the matrix products of a training step: activations and gates, dropout, norms, heads put in their place;
 // each with its gradient. Rows are shared out; what adds up over rows does so in an order that knows no threads.
 #pragma once
 
@@ -75,6 +75,23 @@ Tensor bend_backward(const Tensor& grad, const Tensor& x, int64_t curve, bool ga
       kernels.bend_back(kind, floats(grad) + row * columns, own, gated ? own + columns : nullptr, columns, to_x,
                         gated ? to_x + columns : nullptr);
     }
+  });
+  return out;
+}
+
+// ---- dropout ----
+
+// Which numbers are dropped is a hash of the seed, one int64: the gradient is the same of the output's gradient.
+Tensor drop(const Tensor& x, double dropout, const Tensor& seed) {
+  STD_TORCH_CHECK(plain(x, 2) && dropout >= 0 && dropout < 1 && seed.scalar_type() == ScalarType::Long &&
+                      seed.numel() == 1,
+                  "sightline: expected x in float32 (rows width), contiguous, dropout under 1 and one int64 as its seed");
+  Dropping by = {(uint64_t) * (const int64_t*)seed.data_ptr(),
+                 (uint32_t)std::min(dropout * 4294967296.0, 4294967295.0), (float)(1 / (1 - dropout))};
+  Tensor out = empty({x.size(0), x.size(1)});
+  const Kernels& kernels = *chosen.load();
+  Blocks(x.size(0)).share(x.size(1), 6, [&](int64_t, int64_t first, int64_t last) {
+    kernels.drop_rows(by, floats(x), first, last, x.size(1), floats(out));
   });
   return out;
 }
