@@ -26,12 +26,23 @@ struct Blocks {
       body(index, index * block, std::min(rows, (index + 1) * block));
     });
   }
-  // The sums of all blocks, each `width` wide.
-  Tensor total(const std::vector<float>& sums, int64_t width) const {
+};
+
+// Sums over rows, `width` wide, of each block apart, so that they can be added in one order.
+struct Sums {
+  static constexpr int64_t kApart = 32;  // floats between two: threads must not write to one line of the cache
+  int64_t blocks, width;
+  std::vector<float> numbers;
+  Sums(const Blocks& of, int64_t width)
+      : blocks(of.count), width(width), numbers((size_t)(of.count * (width + kApart)), 0.0f) {}
+  float* of(int64_t block) { return numbers.data() + block * (width + kApart); }
+  Tensor total() {
     Tensor out = empty({width});
-    std::memset(floats(out), 0, sizeof(float) * (size_t)width);
-    for (int64_t index = 0; index < count; ++index)
-      for (int64_t j = 0; j < width; ++j) floats(out)[j] += sums[(size_t)(index * width + j)];
+    for (int64_t j = 0; j < width; ++j) {
+      float sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += of(block)[j];
+      floats(out)[j] = sum;
+    }
     return out;
   }
 };
@@ -122,13 +133,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   int64_t width = x.size(1);
   Tensor out = empty({x.size(0), width});
   Blocks blocks(x.size(0));
-  std::vector<float> sums((size_t)(blocks.count * width));
+  Sums sums(blocks, width);
   const Kernels& kernels = *chosen.load();
   blocks.share(width, 8, [&](int64_t index, int64_t first, int64_t last) {
     kernels.norm_rows_back(floats(grad) + first * width, floats(x) + first * width, floats(weight), (float)epsilon,
-                           last - first, width, floats(out) + first * width, sums.data() + index * width);
+                           last - first, width, floats(out) + first * width, sums.of(index));
   });
-  return {out, blocks.total(sums, width)};
+  return {out, sums.total()};
 }
 
 // ---- heads ----
@@ -193,8 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> place_backward(const Tensor& by_queries, cons
                   "sightline: gradients must be float32 (batch tokens heads width), contiguous, of the joined map");
   Tensor out = empty({all.batch, all.tokens, all.columns});
   Blocks blocks(rows);
-  std::vector<float> sums((size_t)(query_norm ? blocks.count * width : 0));
-  std::vector<float> key_sums((size_t)(key_norm ? blocks.count * width : 0));
+  Sums query_sums(blocks, query_norm ? width : 0), key_sums(blocks, key_norm ? width : 0);
   const Kernels& kernels = *chosen.load();
   auto put = [&](const HeadRow& of, const float* grad, const float* x, int64_t row, float* to, float* to_norm) {
     if (!of.norm && !all.cosine) std::memcpy(to, grad, sizeof(float) * (size_t)(of.count * of.width));
@@ -204,15 +214,14 @@ std::tuple<Tensor, Tensor, Tensor> place_backward(const Tensor& by_queries, cons
     for (int64_t row = first; row < last; ++row) {
       const float* x = floats(joined) + row * all.columns;
       float* to = floats(out) + row * all.columns;
-      put(all.queries, floats(by_queries) + row * all.of_queries, x, row, to, sums.data() + (query_norm ? index * width : 0));
+      put(all.queries, floats(by_queries) + row * all.of_queries, x, row, to, query_sums.of(index));
       put(all.keys, floats(by_keys) + row * all.of_keys, x + all.of_queries, row, to + all.of_queries,
-          key_sums.data() + (key_norm ? index * width : 0));
+          key_sums.of(index));
       std::memcpy(to + all.of_queries + all.of_keys, floats(by_values) + row * of_values,
                   sizeof(float) * (size_t)of_values);
     }
   });
-  Tensor none = empty({0});
-  return {out, query_norm ? blocks.total(sums, width) : none, key_norm ? blocks.total(key_sums, width) : none};
+  return {out, query_sums.total(), key_sums.total()};
 }
 
 }  // namespace
