@@ -141,7 +141,8 @@ def test_a_norm_or_a_map_with_a_hook_is_called():
     network = FeedForward(8, 16)
     network.up.register_forward_hook(lambda *_: seen.append("up"))
     x = drawn(1, 5, 8).requires_grad_()
-    attention(x), network(x)
+    attention(x)
+    network(x)
     assert seen == ["norm", "up"]
 
 
