@@ -467,7 +467,6 @@ def test_tiles_that_are_no_longer_needed_are_called_off(look):
 def test_a_refusal_is_told_and_forgotten_when_it_is_over(look):
     tab = look(modelled(900))
     look.forgiven.append("503")  # the browser itself puts a failed request on the console
-    tab.route("**/wall/**", lambda route: route.continue_())
     tab.route("**/tile/0/1/**", lambda route: route.fulfill(status=503, body="too many pictures are waiting"))
     tab.keyboard.press("]")
     for _ in range(4):
@@ -478,6 +477,18 @@ def test_a_refusal_is_told_and_forgotten_when_it_is_over(look):
     tab.keyboard.press("[")
     still(tab)
     assert tab.inner_text("#status") == ""
+
+
+def test_a_wall_that_is_refused_comes_when_the_refusal_is_over(look):
+    tab = look(modelled(300))
+    look.forgiven.extend(("503", "readback"))  # said by the browser, of the refusal and of this test's own question
+    tab.route("**/wall/**", lambda route: route.fulfill(status=503, body="too many pictures are waiting"))
+    tab.reload()
+    still(tab)
+    drawn = "document.querySelector('#wall canvas').getContext('2d').getImageData(0, 0, 1, 1).data[3] > 0"
+    assert not tab.evaluate(drawn)
+    tab.unroute_all(behavior="ignoreErrors")
+    until(tab, drawn)
 
 
 def test_zoom_drag_pinch_scales_and_themes_draw(look):

@@ -9,8 +9,16 @@ function thumb({capture, index}) { // the small map of a head
 async function loadWall(capture) {
 	if (walls.has(capture)) return
 	walls.set(capture, null)
-	walls.set(capture, (await source.numbers(`wall/${capture.id}`)).values)
-	recolour()
+	try {
+		const {values} = await source.numbers(`wall/${capture.id}`)
+		walls.set(capture, walls.get(capture) ?? values); // a newer one may have come meanwhile
+		recolour()
+	} catch (error) {
+		walls.delete(capture)
+		fault = error.message
+		setTimeout(() => loadWall(capture), 2000)
+		draw()
+	}
 }
 function buildWall() {
 	ui.wall.replaceChildren(...here.heads.map(spec => {
