@@ -6,8 +6,8 @@ from sightline.events import Evaluated, Event, Saved, Started, Stepped
 
 # Steps are averaged over about a minute or a hundred of them, whichever is longer: a machine's load changes.
 _SECONDS, _STEPS = 60.0, 100
-# What the loop keeps free for the last evaluation beyond what an evaluation takes.
-_SPARE = 0.25
+# What the loop keeps free for the last evaluation, in times of the slowest; it takes as long as the others.
+_KEPT_FREE = 1.25
 
 
 class Pace:
@@ -85,7 +85,7 @@ class Pace:
             return None
         ends = [self._by_steps(self.started.steps)] if self.started.steps is not None else []
         if self.started.minutes is not None:
-            ends.append(60 * self.started.minutes - _SPARE * self._slowest_look - self._now)
+            ends.append(60 * self.started.minutes - _KEPT_FREE * self._slowest_look + self._look - self._now)
         known = [end for end in ends if end is not None]
         return max(0.0, min(known)) if known else None
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sightline.batches import TokenFile, TokenizedCorpus
-from sightline.events import Evaluated, Started, Stepped
+from sightline.events import Evaluated, Saved, Started, Stepped
 from sightline.loop import Interrupted
 from sightline.models import Decoder, DecoderConfig
 from sightline.pace import Pace
@@ -103,6 +103,16 @@ def test_steps_evaluations_and_checkpoints_are_foreseen(tmp_path, monkeypatch, e
 def test_a_limit_of_time_is_foreseen(tmp_path, monkeypatch):
     Clock(monkeypatch, step=2.0, evaluation=15.0, checkpoint=2.0)
     check(foreseen(tmp_path, replace(CONFIG, steps=None, minutes=8.0)), look=17.0)
+
+
+def test_the_last_evaluation_takes_as_long_as_the_others_and_not_as_the_slowest():
+    pace = Pace()
+    saved = Saved(step=2, folder="step-2", seconds=12.0)
+    started = replace(STARTED, steps=None, minutes=2.0, look_seconds=20.0)
+    for event in (started, stepped(1), stepped(2), replace(evaluated(2), seconds=11.0), saved):
+        pace.hear(event)
+    # Training ends at 120 - 1.25 * 20 s, and the last evaluation takes the 10 s of the one before.
+    assert pace.left == pytest.approx(120 - 25 + 10 - 12)
 
 
 @pytest.mark.parametrize(("steps", "minutes"), [(90, 60.0), (5000, 8.0)])
