@@ -43,8 +43,11 @@ def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
 
     For training; the modules are not called.
     """
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+    weights, biases, bias = [linear.weight for linear in linears], [linear.bias for linear in linears], None
+    if any(one is not None for one in biases):  # one map may have none, put in the place of another
+        pairs = zip(weights, biases, strict=True)
+        bias = torch.cat([weight.new_zeros(len(weight)) if one is None else one for weight, one in pairs])
+    return F.linear(x, torch.cat(weights), bias)
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:

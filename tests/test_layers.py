@@ -75,6 +75,16 @@ def test_in_training_too_each_map_keeps_its_say(name, kind, context):
         torch.testing.assert_close(output, before)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_map_put_in_the_place_of_another_may_have_no_bias(name):
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(8, 2), torch.randn(1, 3, 8)
+    setattr(layer, name, torch.nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        wanted = layer.eval()(x)
+    torch.testing.assert_close(layer.train()(x), wanted)
+
+
 def column_convention() -> tuple[torch.Tensor, ...]:
     """Values, queries and keys of section 3, tokens in columns, drawn in the order it says."""
     generator = np.random.RandomState(3)
