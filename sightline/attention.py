@@ -6,6 +6,7 @@ in `kernels/`. It knows nothing of layers and models.
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
@@ -325,7 +326,8 @@ def _recipe(where: str, mask: Mask | Tensor | None) -> Mask:
     if isinstance(mask, Mask):
         return mask
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{where}: mask must be a Mask, a bool tensor or None, got {type(mask).__name__}")
+        came = f"{mask.__name__} itself: call it" if isinstance(mask, FunctionType) else type(mask).__name__
+        raise TypeError(f"{where}: mask must be a Mask such as Causal(), a bool tensor or None, got {came}")
     if mask.dtype != torch.bool:
         raise ValueError(
             f"{where}: a {mask.dtype} tensor as mask means different things in different libraries; "

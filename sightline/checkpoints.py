@@ -214,6 +214,9 @@ def read_weights(model: Model, folder: Path) -> dict[str, Tensor]:
 _FOREIGN = "the file belongs to another model than config.json; copy both from the same checkpoint"
 
 
+_GIVE = "give the folder that a run was written to, one of its steps, or a model's folder of transformers"
+
+
 def step_folder(folder: str | Path) -> Path:
     """The folder that holds the weights: for a run's folder its best step, else the folder itself."""
     folder = Path(folder)
@@ -223,10 +226,12 @@ def step_folder(folder: str | Path) -> Path:
             "when it is opened, so it is refused; save the weights as safetensors"
         )
     if not folder.exists():
-        raise ValueError(f"expected a checkpoint's folder, but {folder} does not exist")
+        raise ValueError(f"expected a checkpoint's folder, but {folder} does not exist: {_GIVE}")
     if not folder.is_dir():
-        raise ValueError(f"expected a checkpoint's folder, got the file {folder}: give {folder.parent}")
+        raise ValueError(f"expected a checkpoint's folder, got the file {folder}: {_GIVE}")
     if not (folder / "checkpoint.json").exists():
+        if not any(folder.glob("*.safetensors")) and not (folder / "config.json").exists():
+            raise ValueError(f"expected a checkpoint's folder, but {folder} holds none: {_GIVE}")
         return folder
     try:
         return folder / read_pointer(folder)["best"]

@@ -3,6 +3,7 @@
 Options are the fields of the dataclass that the work takes; what only one command needs is imported there.
 """
 
+import difflib
 import os
 import signal
 import sys
@@ -12,8 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from sightline.beams import DecodeConfig
 from sightline.captures import Capture
@@ -26,6 +26,7 @@ from sightline.generation import SampleConfig
 from sightline.models import Decoder
 from sightline.opening import fetch, open_model, open_text
 from sightline.options import Decoding, Sampling, Shape, Training, given
+from sightline.parsing import parsed
 from sightline.recipes import RecipeName
 from sightline.schedule import TrainConfig
 from sightline.terminal import fail, free, harmless, has_screen, note, stream
@@ -110,7 +111,7 @@ def train(
     if target is not None and not pairs:
         raise ValueError("--target is the other half of parallel text: add --task translate")
     picture = LossPicture(out)
-    with joined(os.environ, schedule.device or TrainConfig.device) as team, ExitStack() as stack:
+    with joined(os.environ, given(schedule).get("device", TrainConfig.device)) as team, ExitStack() as stack:
         choices: dict[str, Any] = {
             "preset": preset,
             "model": given(model),
@@ -359,10 +360,11 @@ def _run(name: str, options: list[str]) -> None:
 
         print(f"sightline {__version__}")
     elif name not in COMMANDS:
-        raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"there is no command {name!r}; {meant}")
     else:
-        shown = (FlagCreatePairsOff, PositionalMetavarFromFieldName)
-        tyro.cli(COMMANDS[name], args=options, prog=f"sightline {name}", config=shown)
+        parsed(COMMANDS[name], options, f"sightline {name}")()
 
 
 def _usage() -> str:

@@ -13,7 +13,7 @@ from sightline.kernels import build, cpu
 from sightline.masks import ALiBi, Causal, Mask, Padding, Window
 from sightline.schedule import has_bfloat16
 
-LIBRARIES = ("sightline", "torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib")
+LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,11 @@ def doctor() -> Diagnosis:
 
 
 def _machine() -> dict[str, str]:
+    from sightline import __version__
+
     facts = {"python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})"}
-    facts |= {name: _version(name) for name in LIBRARIES}
-    facts["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch"
+    facts |= {"sightline": __version__, **{name: _version(name) for name in LIBRARIES}}
+    facts["CPU"] = f"{os.cpu_count()} cores, threads used by torch: {torch.get_num_threads()}"
     facts["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
     native = "in hardware" if has_bfloat16(torch.device("cpu")) else "emulated: training takes float32"
     facts["bfloat16 on the CPU"] = native

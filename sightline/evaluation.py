@@ -94,6 +94,11 @@ def evaluate(
     >>> evaluate(model, TokenFile(ids=ids, num_bytes=100, num_words=20, num_unknown=0)).tokens
     99
     """
+    if not isinstance(tokens, TokenFile):
+        raise ValueError(
+            f"expected a TokenFile, got {type(tokens).__name__}: sightline.batches.tokenize makes those of a text, "
+            "and `sightline evaluate` scores a file"
+        )
     context = model.config.context if context is None else context
     if not 1 <= context <= model.config.context:
         raise ValueError(f"expected a context from 1 to the model's {model.config.context}, got {context}")

@@ -98,6 +98,9 @@ def capture(
         source, written = _sides(model, text_or_tokens, target)
         _check_prompt(prompt, written)
         return _translation(model, source, written, layers, prompt, options)
+    if not isinstance(model, Decoder):
+        other = "sl.huggingface.watch sees models of transformers, sl.record any other"
+        raise ValueError(f"capture: expected a Decoder or an EncoderDecoder, got {type(model).__name__}: {other}")
     if target is not None:
         raise ValueError("capture: a decoder reads one text, so a target beside it has no effect: leave it out")
     ids = _ids(model, text_or_tokens)

@@ -17,7 +17,7 @@ from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm, joined_map, kernel_maps, linear_maps, plain
-from sightline.shapes import shaped
+from sightline.shapes import ShapeError, shaped
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
@@ -62,6 +62,8 @@ class SelfAttention(nn.Module):
 
         The weights carry no gradient.
         """
+        if x.shape[-1] != self.query.in_features:
+            raise ShapeError(f"SelfAttention: d_in is {x.shape[-1]} in x but {self.query.in_features} here")
         query, key, value = self.query(x), self.key(x), self.value(x)
         output = attention(query, key, value, mask)
         return (output, _weights(query, key, value, mask)) if return_weights else output
@@ -166,6 +168,8 @@ class MultiHeadAttention(nn.Module):
         the context's keys and values, computed in the first call. The weights are those before dropout, and carry no
         gradient.
         """
+        if x.shape[-1] != self.query.in_features:
+            raise ShapeError(f"MultiHeadAttention: d_model is {x.shape[-1]} in x but {self.query.in_features} here")
         if context is not None and self.rotary is not None:
             raise ValueError("MultiHeadAttention: a context does not go with rotary positions")
         if cache is not None and self.observer is None and not return_weights:

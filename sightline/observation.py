@@ -179,6 +179,8 @@ def _with_heads(tensor: Tensor, rank: int) -> Tensor:
 
 
 def _bounds(window: slice, size: int, name: str) -> tuple[int, int]:
+    if not isinstance(window, slice):
+        raise ValueError(f"weights: {name} must be a slice, got {window!r}: one of them is slice(i, i + 1)")
     start, stop, step = window.indices(size)
     if step != 1:
         raise ValueError(f"weights: {name} must be a slice without a step, got {window}")

@@ -6,7 +6,7 @@ import inspect
 import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -16,9 +16,12 @@ from sightline.generation import SampleConfig
 from sightline.models import DecoderConfig
 from sightline.schedule import TrainConfig
 
+BY_RECIPE = "recipe"
+"""The value of an option that was not given: the recipe fills it in. None is a value of its own in some."""
 
-def _changes(config: type, *, without: str = "", otherwise: str) -> type:
-    """A dataclass with the fields of `config`, each None unless given, and the same help."""
+
+def _changes(config: type, *, without: str = "") -> type:
+    """A dataclass with the fields of `config`, each left to the recipe unless given, and the same help."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs = {
@@ -30,15 +33,15 @@ def _changes(config: type, *, without: str = "", otherwise: str) -> type:
         and isinstance(doc.value, ast.Constant)
     }
     fields = [
-        (field.name, Annotated[field.type | None, arg(help=f"{docs[field.name]} None: {otherwise}.")], None)  # pyright: ignore
+        (field.name, Annotated[field.type | Literal["recipe"], arg(help=docs[field.name])], BY_RECIPE)  # pyright: ignore
         for field in dataclasses.fields(config)
         if field.name != without
     ]
     return dataclasses.make_dataclass("Shape", fields, frozen=True, kw_only=True)
 
 
-Shape: Any = _changes(DecoderConfig, without="vocabulary", otherwise="the recipe's or the preset's")
-Training: Any = _changes(TrainConfig, otherwise="the recipe's")
+Shape: Any = _changes(DecoderConfig, without="vocabulary")
+Training: Any = _changes(TrainConfig)
 
 
 # The parser would draw a box around what a config says of a bad number; so the command checks, not the parser.
@@ -65,4 +68,4 @@ class Checking(CheckConfig):
 
 def given(options: Any) -> dict[str, Any]:
     """The options that were given, by name."""
-    return {name: value for name, value in vars(options).items() if value is not None}
+    return {name: value for name, value in vars(options).items() if value != BY_RECIPE}

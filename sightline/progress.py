@@ -141,7 +141,8 @@ def _lines(parts: list[str], width: int) -> Iterator[str]:
 
 def _started(event: Started) -> str:
     goal = " or ".join(
-        ([f"{event.steps:,} steps"] if event.steps else []) + ([f"{event.minutes:g} minutes"] if event.minutes else [])
+        ([f"{event.steps:,} step{'s' * (event.steps != 1)}"] if event.steps else [])
+        + ([f"{event.minutes:g} minute{'s' * (event.minutes != 1)}"] if event.minutes else [])
     )
     start = f"after step {event.step:,}, going on with" if event.resumed else "training"
     on = event.device

@@ -25,6 +25,7 @@ ROWS = [
         "huggingface.folders",
         "progress",
         "options",
+        "parsing",
         "plan",
         "tensorboard",
         "terminal",

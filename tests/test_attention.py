@@ -338,3 +338,13 @@ def test_shapes_alone_go_through(implementation, mask):
     value = torch.empty(2, 2, 9, 6, device="meta")
     output = attention(query, key, value, mask, implementation=implementation)
     assert (output.shape, output.device.type) == ((2, 4, 5, 6), "meta")
+
+
+def test_a_mask_that_is_none_is_told_what_to_be():
+    x = torch.randn(1, 1, 3, 4)
+    with pytest.raises(
+        TypeError, match=r"a Mask such as Causal\(\), a bool tensor or None, got Causal itself: call it"
+    ):
+        attention(x, x, x, Causal)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got str"):
+        attention(x, x, x, "causal")  # type: ignore[arg-type]

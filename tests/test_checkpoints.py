@@ -251,7 +251,7 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_a_file_instead_of_its_folder(saved):
-    with pytest.raises(ValueError, match=r"got the file .*: give .*model"):
+    with pytest.raises(ValueError, match=r"got the file .*: give the folder that a run was written to"):
         load(saved / "model.safetensors")
 
 

@@ -497,8 +497,8 @@ def test_a_damaged_checkpoint_is_not_resumed(name, damage, says, copy, text, ref
 def test_a_folder_that_is_no_checkpoint(text, tmp_path, refused):
     for command in (("generate",), ("evaluate", text), ("look", "--text", text)):
         refused(*command, "--model", tmp_path / "run", says=("a checkpoint's folder", "does not exist"))
-        refused(*command, "--model", tmp_path, says=("config.json, but it is missing",))
-        refused(*command, "--model", text, says=("got the file", f"give {text.parent}"))
+        refused(*command, "--model", tmp_path, says=("holds none", "give the folder that a run was written to"))
+        refused(*command, "--model", text, says=("got the file", "give the folder that a run was written to"))
     refused("generate", "--model", tmp_path / "model.pt", says=("a pickled file can run any program",))
 
 

@@ -264,3 +264,9 @@ def test_bad_strides_and_rates(setting, says):
     with pytest.raises(ValueError, match=says):
         evaluate(model, text, **setting)
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+def test_a_text_is_no_token_file():
+    model = Decoder(DecoderConfig(vocabulary=10, context=8, d_model=16, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match=r"expected a TokenFile, got str: sightline\.batches\.tokenize makes"):
+        evaluate(model, "book.txt")  # type: ignore[arg-type]

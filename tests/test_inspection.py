@@ -365,3 +365,10 @@ def test_a_bad_source_or_target_gets_one_clear_line(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def test_what_is_no_model_of_ours_is_told_where_to_go():
+    with pytest.raises(
+        ValueError, match=r"expected a Decoder or an EncoderDecoder, got Linear: sl\.huggingface\.watch"
+    ):
+        capture(torch.nn.Linear(2, 2), [1])  # type: ignore[call-overload]

@@ -355,3 +355,9 @@ def test_a_layer_is_torch_s_own_multi_head_attention():
     expected, expected_weights = theirs(x, x, x, average_attn_weights=False)
     assert torch.allclose(output, expected, atol=1e-6)
     assert torch.allclose(weights, expected_weights.flatten(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [MultiHeadAttention(16, 2), SelfAttention(16, 4, 4)])
+def test_input_of_another_width_is_named(layer):
+    with pytest.raises(ShapeError, match="is 17 in x but 16 here"):
+        layer(torch.randn(1, 5, 17))

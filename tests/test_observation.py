@@ -252,3 +252,9 @@ def test_pooling_by_nothing_is_an_error():
     seen = observe(*draw(), implementation="reference")
     with pytest.raises(ValueError, match="block must be 1 or more, got 0"):
         seen.pooled(block=0)
+
+
+def test_one_row_is_a_slice_too():
+    x = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"queries must be a slice, got 2: one of them is slice\(i, i \+ 1\)"):
+        observe(x, x, x).weights(queries=2)  # type: ignore[arg-type]
