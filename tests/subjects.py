@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from sightline.checking.checks import CheckConfig, examine
 from sightline.checking.findings import Report
-from sightline.checking.subject import CheckError, Raised, Subject
+from sightline.checking.subject import CheckError, Here, Raised
 from sightline.checking.worker import Worker
 
 IMPORTS = """
@@ -16,29 +18,25 @@ import torch.nn.functional as F
 """
 
 
-class Here(Subject):
-    """As `Subject`, without a process and its limits."""
+class InFile(Here):
+    """What a file defines, in this process all the same."""
 
     def __init__(self, file: Path, name: str | None = None) -> None:
         self.file, self._kept, self._memory = file, "", 0
-        self._worker = Worker()
+        self._worker, self._random = Worker(), torch.get_rng_state()
         self.told = self._open(name)
         self.name = self.told["name"]
 
-    def ask(self, question, doing, tensors=None, **content):
-        try:
-            return getattr(self._worker, question)(tensors or {}, **content)
-        except Exception as error:
-            raise self._raised(self._worker.tell(error), doing) from error
-
-    def renew(self) -> None: ...
+    @property
+    def label(self) -> str:
+        return f"{self.file}:{self.name}"
 
 
 def checked(folder: Path, code: str, name: str | None = None, **config) -> Report:
     """The report on some code, with the usual imports before it."""
     file = folder / "mine.py"
     file.write_text(IMPORTS + code, encoding="utf-8")
-    return examine(Here(file, name), CheckConfig(**config))
+    return examine(InFile(file, name), CheckConfig(**config))
 
 
 def refusal(folder: Path, code: str, name: str | None = None, **config) -> str:
@@ -50,4 +48,4 @@ def refusal(folder: Path, code: str, name: str | None = None, **config) -> str:
     raise AssertionError("it could be run")
 
 
-__all__ = ["Here", "Raised", "checked", "refusal"]
+__all__ = ["InFile", "Raised", "checked", "refusal"]

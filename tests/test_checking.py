@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from subjects import checked, refusal
 
 from sightline.checking.attention_mistakes import CAUSAL, MASKS, SCORES
+from sightline.checking.checks import CheckConfig, check
 from sightline.checking.definitions import EncodingSteps, Maps, Steps, attend, causal, encoding, multi_head
 from sightline.checking.encoding_mistakes import ENCODINGS
 from sightline.checking.maps import readings
 from sightline.checking.mistakes import difference, explain
 from sightline.checking.module_mistakes import HEADS, LOST, ROLES
+from sightline.checking.subject import CheckError
+from sightline.layers import MultiHeadAttention
 
 
 def status(report, law: str) -> str:
@@ -810,3 +813,46 @@ def test_a_setting_without_effect_is_refused(tmp_path, code, config):
 def test_numbers_that_make_no_sense_are_refused(tmp_path, config):
     with pytest.raises(ValueError, match="above 0"):
         checked(tmp_path, PLAIN, **config)
+
+
+# --- What is here already -----------------------------------------------------------------------------
+
+
+def test_a_function_itself_is_checked_as_its_file_would_be():
+    def mine(query, key, value):
+        print("called")
+        return (query @ key.mT).softmax(-1) @ value
+
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    report = check(mine)
+    assert report.subject == "mine"
+    assert names(report) == ["no scale"]
+    assert report.printed.startswith("called")
+    assert torch.equal(torch.rand(1), expected)  # its draws are not the notebook's
+    assert not check(lambda query, key, value: torch.dropout(query @ key.mT, 0.5, True).softmax(-1) @ value).passed
+
+
+def test_a_module_itself_keeps_its_weights():
+    module = MultiHeadAttention(12, 3)
+    before = {name: weight.clone() for name, weight in module.named_parameters()}
+    assert check(module).passed
+    assert module.training
+    assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
+
+
+def test_what_cannot_be_checked_here_is_one_line():
+    def broken(query, key, value):
+        raise ZeroDivisionError("no")
+
+    def todo(query, key, value): ...
+
+    with pytest.raises(CheckError, match=r"broken, line \d+, raised ZeroDivisionError: no, while"):
+        check(broken)
+    with pytest.raises(CheckError, match="todo is not written yet"):
+        check(todo)
+    with pytest.raises(CheckError, match="int cannot be called"):
+        check(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seconds and memory_gb limit code in a file"):
+        check(todo, CheckConfig(seconds=1))

@@ -291,9 +291,9 @@ def test_a_reader_that_goes_away_is_no_error(monkeypatch):
 
 
 def test_an_unknown_command(capsys):
-    assert run("tarin") == 2
-    line = f"sightline: there is no command 'tarin'; there are {', '.join(COMMANDS)}\n"
-    assert capsys.readouterr() == ("", line)
+    for name, say in (("tarin", "did you mean train?"), ("xyzzy", f"there are {', '.join(COMMANDS)}")):
+        assert run(name) == 2
+        assert capsys.readouterr() == ("", f"sightline: there is no command {name!r}; {say}\n")
 
 
 @pytest.mark.parametrize(

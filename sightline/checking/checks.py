@@ -11,7 +11,7 @@ from sightline.checking import attention_laws, encoding_laws, module_laws
 from sightline.checking.attention_laws import Case
 from sightline.checking.conventions import CAUSAL_NAMES, HEADS_NAMES, Problem
 from sightline.checking.findings import Example, Finding, Report
-from sightline.checking.subject import CheckError, Raised, Subject
+from sightline.checking.subject import CheckError, Here, Raised, Subject
 
 Kind = Literal["attention", "encoding", "module"]
 SPEED_LENGTHS = (512, 1024, 2048)
@@ -58,17 +58,23 @@ class CheckConfig:
             raise ValueError(f"expected a scale above 0, got {self.scale:g}; leave it out for 1/sqrt(width)")
 
 
-def check(target: str, config: CheckConfig | None = None) -> Report:
-    r"""Hold the function, class or object that FILE.py:NAME names against the laws, and tell what is wrong, in words.
+def check(target: str | Path | Callable[..., Any], config: CheckConfig | None = None) -> Report:
+    r"""Hold a function, class or object against the laws, and tell what is wrong, in words.
 
     An attention takes (query, key, value[, mask]) and gives the output or (output, weights); an encoding takes
     (length, d_model), or embeddings that it adds itself to; a module has maps to query, key and value. With torch or
-    numpy, batched or not, tokens in rows or in columns: the convention is found out. The code runs in a process of
-    its own with limits of time and memory; that protects from accidents, not from malice.
+    numpy, batched or not, tokens in rows or in columns: the convention is found out.
+
+    What is given as itself, as in a notebook, runs here, an object as a copy: Ctrl-C ends it. What FILE.py:NAME names
+    runs in a process of its own with limits of time and memory; that protects from accidents, not from malice.
 
     Raises: CheckError, a ValueError, where it cannot be run: no such file or name, an exception, a crash, an endless
-    loop.
+    loop. ValueError for limits of what runs here.
 
+    >>> def mine(query, key, value):
+    ...     return torch.softmax(query @ key.mT, -1) @ value
+    >>> print(check(mine).mistakes[0].what)
+    the scores are not divided by sqrt(width)
     >>> import pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = pathlib.Path(folder, "mine.py")
@@ -78,7 +84,15 @@ def check(target: str, config: CheckConfig | None = None) -> Report:
     (False, 'the scores are not divided by sqrt(width)')
     """
     config = CheckConfig() if config is None else config
-    file, name = _parsed(target)
+    if not isinstance(target, (str, Path)):
+        usual = CheckConfig()
+        if (config.seconds, config.memory_gb) != (usual.seconds, usual.memory_gb):
+            raise ValueError(
+                "seconds and memory_gb limit code in a file, FILE.py:NAME; what is here runs without: drop them"
+            )
+        with Here(target) as subject:
+            return examine(subject, config)
+    file, name = _parsed(str(target))
     with Subject(file, name, seconds=config.seconds, memory=int(config.memory_gb * 1e9)) as subject:
         return examine(subject, config)
 
@@ -91,7 +105,7 @@ def examine(subject: Subject, config: CheckConfig) -> Report:
     convention, findings, example = _EXAMINED[kind](subject, config, {**numbers, **options}, weights)
     notes = () if subject.told["limited"] else ("this system knows no limit of memory: only time was limited",)
     return Report(
-        subject=f"{subject.file}:{subject.name}",
+        subject=subject.label,
         convention=convention,
         findings=tuple(findings),
         example=example,

@@ -1,9 +1,11 @@
 """What is being checked, seen from outside: a process of its own with limits of time and memory, asked questions.
 
-A learner's code never runs in our process, and what it answers is numbers, which we judge.
+What it answers is numbers, which we judge. Code in a file never runs in our process; what our process holds already,
+such as a notebook's functions, does: `Here`.
 """
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -11,14 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sightline.checking.worker import receive, send
+from sightline.checking.worker import Worker, receive, send
 
 _PRINTED = 10_000
 """Characters kept of what the code prints."""
@@ -76,6 +81,11 @@ class Subject:
             self.close()
             raise
         self.name: str = self.told["name"]
+
+    @property
+    def label(self) -> str:
+        """Its name in a report."""
+        return f"{self.file}:{self.name}"
 
     def __enter__(self) -> "Subject":
         return self
@@ -139,7 +149,7 @@ class Subject:
             gb = self._memory / 1e9
             return CheckError(f"{self._at(raised['line'])} needs more than {gb:g} GB of memory, while {doing}")
         if raised["nothing"]:
-            return Nothing(f"{self.file}:{self.name} is not written yet, or lacks its return: it gives nothing back")
+            return Nothing(f"{self.label} is not written yet, or lacks its return: it gives nothing back")
         message = plain(raised["message"])
         return Raised(
             f"{self._at(raised['line'])} raised {raised['type']}{': ' * bool(message)}{message}, while {doing}"
@@ -189,6 +199,47 @@ class Subject:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+class Here(Subject):
+    """A function, class or object of this process, where it runs as it is, without limits.
+
+    What it prints is kept; torch's random numbers go on afterwards as if it had drawn none.
+
+    Raises: CheckError, at any question, where it raises or cannot be called.
+    """
+
+    def __init__(self, subject: Callable[..., Any]) -> None:
+        self._worker, self._kept = Worker(), ""
+        self._random = torch.get_rng_state()
+        torch.manual_seed(0)
+        self.name = getattr(subject, "__name__", type(subject).__name__)
+        self.file = Path(self.name)
+        if not callable(subject):
+            raise CheckError(f"{self.name} cannot be called; expected a function, a class or a module")
+        self.told, _ = self.ask("take", "being copied", subject=subject)
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def ask(
+        self, question: str, doing: str, tensors: dict[str, Tensor] | None = None, **content: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return getattr(self._worker, question)(tensors or {}, **content)
+        except (Exception, SystemExit) as error:
+            raise self._raised({**self._worker.tell(error), "memory": False}, doing) from error
+        finally:
+            self._kept = (self._kept + printed.getvalue())[:_PRINTED]
+
+    def renew(self) -> None: ...
+
+    def close(self) -> None:
+        torch.set_rng_state(self._random)
 
 
 def plain(text: str, longest: int = 200) -> str:

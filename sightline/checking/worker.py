@@ -119,7 +119,18 @@ class Worker:
         if found is None or not hasattr(module, found):
             return {"missing": True, "there": there}, {}
         self._subject = getattr(module, found)
-        return {"name": found, "limited": limited, **_described(self._subject, module)}, {}
+        return {"name": found, "limited": limited, **_described(self._subject, vars(module))}, {}
+
+    def take(self, _: dict[str, Tensor], subject: Any) -> Answer:
+        """Check what this process holds already; of an object a copy, whose parameters may be drawn anew."""
+        methods = (getattr(subject, name, None) for name in ("forward", "__call__", "__init__"))
+        code = next((one.__code__ for one in (subject, *methods) if hasattr(one, "__code__")), None)
+        self._file = Path(code.co_filename) if code else Path()
+        self._subject = copy.deepcopy(subject) if _is_object(subject) else subject
+        home = sys.modules.get(getattr(subject, "__module__", None) or "")
+        around = getattr(subject, "__globals__", None) or (vars(home) if home else {})
+        name = getattr(subject, "__name__", type(subject).__name__)
+        return {"name": name, "limited": True, **_described(self._subject, around)}, {}
 
     def build(self, _: dict[str, Tensor], options: dict[str, Any]) -> Answer:
         """Make the object of a class, or what a function without arguments gives."""
@@ -279,10 +290,11 @@ def _defined(module: Any) -> list[str]:
     return list(own)
 
 
-def _described(subject: Any, module: Any) -> dict[str, Any]:
-    used = _libraries(vars(module).values())
+def _described(subject: Any, around: dict[str, Any]) -> dict[str, Any]:
+    """What it is; `around`: the names that its code knows."""
+    used = _libraries(around.values())
     code = getattr(subject, "__code__", None)
-    own = _libraries(vars(module).get(name) for name in code.co_names) if code else set()
+    own = _libraries(around.get(name) for name in code.co_names) if code else set()
     uses = "torch" in own or ("torch" in used and "numpy" not in own)
     is_object = _is_object(subject)
     return {

@@ -137,12 +137,12 @@ def plot_positions(table: Tensor | np.ndarray | Sinusoidal | Learned, *, title: 
         table = table.encoding
     elif isinstance(table, Learned):
         table = table.weight
-    table = _tensor(table)
-    if not isinstance(table, Tensor) or table.ndim != 2 or not table.numel():
-        raise ValueError(f"plot_positions: expected a table (length d_model), got {_shown(table)}")
-    height, width = table.shape
+    values = _tensor(table)
+    if not isinstance(values, Tensor) or values.ndim != 2 or not values.numel():
+        raise ValueError(f"plot_positions: expected a table (length d_model), got {_shown(values)}")
+    height, width = values.shape
     figure, axes = _figure(height, width, least=0.7)
-    image = axes.imshow(_array(table), cmap="viridis", aspect="auto", interpolation="nearest")
+    image = axes.imshow(_array(values), cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set_xlabel("embedding dimension")
     axes.set_ylabel("position in sequence")
     _count(axes)
