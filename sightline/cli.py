@@ -3,7 +3,6 @@
 Options are the fields of the dataclass that the work takes; what only one command needs is imported there.
 """
 
-import difflib
 import os
 import signal
 import sys
@@ -26,7 +25,7 @@ from sightline.generation import SampleConfig
 from sightline.models import Decoder
 from sightline.opening import fetch, open_model, open_text
 from sightline.options import Decoding, Sampling, Shape, Training, given
-from sightline.parsing import parsed
+from sightline.parsing import named, parsed
 from sightline.recipes import RecipeName
 from sightline.schedule import TrainConfig
 from sightline.terminal import fail, free, harmless, has_screen, note, stream
@@ -359,12 +358,8 @@ def _run(name: str, options: list[str]) -> None:
         from sightline import __version__
 
         print(f"sightline {__version__}")
-    elif name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise ValueError(f"there is no command {name!r}; {meant}")
     else:
-        parsed(COMMANDS[name], options, f"sightline {name}")()
+        parsed(named(name, COMMANDS), options, f"sightline {name}")()
 
 
 def _usage() -> str:

@@ -5,10 +5,11 @@ expected, what came, what to do.
 """
 
 import contextlib
+import difflib
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -22,6 +23,15 @@ _KINDS = {
     "{[FLOAT [FLOAT ...]]}": "numbers",
 }
 """What the parser calls the values of an option, in words."""
+
+
+def named(name: str, commands: Mapping[str, Callable[..., None]]) -> Callable[..., None]:
+    """The command of that name. Raises: ValueError, with the nearest name, where there is none."""
+    if name in commands:
+        return commands[name]
+    near = difflib.get_close_matches(name, commands, 1)
+    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+    raise ValueError(f"there is no command {name!r}; {meant}")
 
 
 def parsed(command: Callable[..., None], arguments: Sequence[str], prog: str) -> Callable[[], Any]:
