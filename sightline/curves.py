@@ -210,6 +210,7 @@ def _mark_best(axes: "Axes", history: History) -> None:
     axes.annotate(
         f"best {loss:.4f} at step {step:,}", (step, loss), xytext=(-10 if late else 10, 16),
         textcoords="offset points", ha="right" if late else "left", color=_VALID, fontsize=10,
+        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         return (
-            f"loss {self.loss:.4f} nats a token, perplexity {self.perplexity:.2f}, "
+            f"loss {self.loss:.4f} nats a token, perplexity {self.perplexity:,.2f}, "
             f"{self.bits_per_byte:.4f} bits per byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
         )
 

@@ -187,8 +187,8 @@ class Run:
                 f"give a larger --{stopped} to go on"
             )
         return (
-            f"expected time to train in --minutes {self.config.minutes}, but an evaluation takes "
-            f"{self.slowest_look:.1f} s: give more --minutes or fewer --evaluate-batches"
+            f"expected time to train in --minutes {self.config.minutes:g}, but none was left for a first step: give "
+            f"more --minutes, or fewer --evaluate-batches, since an evaluation takes {self.slowest_look:.1f} s"
         )
 
     # --- Evaluations and checkpoints ------------------------------------------------------------------

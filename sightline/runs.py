@@ -104,7 +104,9 @@ class RunFolder:
                 self.out.rmdir()
 
     def _cannot_write(self, error: OSError) -> ValueError:
-        return ValueError(f"expected a folder that can be written, but {self.out}: {error}; choose another --out")
+        return ValueError(
+            f"expected a folder that can be written, but {self.out}: {error.strerror or error}; choose another --out"
+        )
 
     def _newest_whole_step(self) -> str:
         damage = []

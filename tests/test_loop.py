@@ -64,7 +64,7 @@ def test_a_limit_of_steps_can_come_first(tmp_path, monkeypatch):
 
 def test_no_time_to_train(tmp_path, monkeypatch):
     Clock(monkeypatch, 0.5, 70.0)
-    with pytest.raises(ValueError, match=r"time to train in --minutes 1.0, but an evaluation takes 70.0 s"):
+    with pytest.raises(ValueError, match=r"--minutes 1, but none was left .* an evaluation takes 70.0 s"):
         fit(decoder(), DATA, tmp_path, replace(CONFIG, minutes=1.0))
 
 

@@ -44,6 +44,8 @@ def watch(model: nn.Module, *, layers: Sequence[int] | None = None, top: int = 8
     >>> capture.layers, capture.prompt, len(capture.tokens)  # the last token written has not been read
     ((1,), 3, 7)
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"watch: expected a model of transformers, got {type(model).__name__}: open it first")
     seen = Seen(model, layers=layers, top=top)
     hooks = [
         module.register_forward_pre_hook(seen.read, with_kwargs=True)

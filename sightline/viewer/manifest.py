@@ -23,7 +23,9 @@ def named(captures: Capture | Sequence[Capture] | Mapping[str, Capture]) -> dict
     """Each capture with a name; one without is called by its model, and numbered where that says too little."""
     if isinstance(captures, Mapping):
         return dict(captures)
-    listed = [captures] if isinstance(captures, Capture) else list(captures)
+    listed = list(captures) if isinstance(captures, Sequence) else [captures]
+    if wrong := [type(one).__name__ for one in listed if not isinstance(one, Capture)]:
+        raise ValueError(f"expected a Capture, as sl.capture gives one, several, or a dict of them, got {wrong[0]}")
     names = [capture.model for capture in listed]
     if len(set(names)) < len(names):
         names = [f"{number}: {name}" for number, name in enumerate(names, 1)]

@@ -149,7 +149,8 @@ function quantity() {
 }
 function barTicks() {
 	const ten = n => n >= -3 ? String(10 ** n) : `1e${n}`, every = ceil(-least / (difference() ? 2 : 6))
-	const powers = Array.from({length: -least}, (_, n) => -n).filter(n => n % every === 0 && n - least > -least / 5 || !n).reverse()
+	const room = difference() ? 0.2 : max(0.2, 56 / ui.colours.clientWidth) // for the first label, which stands to the right
+	const powers = Array.from({length: -least}, (_, n) => -n).filter(n => n % every === 0 && n - least > -least * room || !n).reverse()
 	const up = state.log ? [[0, `\u2264\u200a${ten(least)}`], ...powers.map(n => [1 - n / least, ten(n)])]
 		: [0, 0.5, 1].map(t => [t, t ? (t * most).toPrecision(2) : "0"])
 	if (!difference()) return up
