@@ -24,7 +24,7 @@ def open_model(folder: Path, *kinds: type) -> Any:
         words = ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
         raise ValueError(f"{folder} holds {words[0]}, which this command does not take: try sightline {words[1]}")
     if model.tokenizer is None:
-        raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text; save it with model.tokenizer set")
+        raise ValueError(f"{folder} holds no tokenizer.json, so it knows no text: put the model's own there")
     return model
 
 
