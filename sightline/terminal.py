@@ -36,7 +36,8 @@ def stream(prompt: str, pieces: Iterator[str]) -> None:
 
 def harmless(text: str) -> str:
     """What a terminal shows and does not obey: a model may write any byte."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+    lines = text.replace("\r\n", "\n")  # which a model of a text with such line ends writes
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in lines)
 
 
 def has_screen() -> bool:
