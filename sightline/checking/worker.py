@@ -124,8 +124,8 @@ class Worker:
     def take(self, _: dict[str, Tensor], subject: Any) -> Answer:
         """Check what this process holds already; of an object a copy, whose parameters may be drawn anew."""
         methods = (getattr(subject, name, None) for name in ("forward", "__call__", "__init__"))
-        code = next((one.__code__ for one in (subject, *methods) if hasattr(one, "__code__")), None)
-        self._file = Path(code.co_filename) if code else Path()
+        codes = (getattr(one, "__code__", None) for one in (subject, *methods))
+        self._file = next((Path(code.co_filename) for code in codes if code), Path())
         self._subject = copy.deepcopy(subject) if _is_object(subject) else subject
         home = sys.modules.get(getattr(subject, "__module__", None) or "")
         around = getattr(subject, "__globals__", None) or (vars(home) if home else {})

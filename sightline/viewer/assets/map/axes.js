@@ -79,7 +79,8 @@ function drawAxes(pen, pane) {
 		for (const [text, n, name] of [["written", here.prompt, "written"], ["padding", here.length, "muted"]]) {
 			if (n === null || !(keys || here.same) || !seen(n - shift)) continue
 			pen.bars([box(at(n - shift), edge, 1, far - edge)], css(name))
-			if (keys) pen.text(at(n) + 4, edge + 9, text, {fill: css(name), size: 10})
+			const late = at(n) + 48 > end // its word would be cut off at the right
+			if (keys) pen.text(at(n) + (late ? -4 : 4), edge + 9, late ? `${text} \u2192` : text, {fill: css(name), size: 10, align: late ? "right" : "left"})
 		}
 	}
 }
