@@ -50,7 +50,11 @@ def read_state(
     _check_tokenizer(tokenizer, model.tokenizer, path)
     for name, kind in _STATE.items():
         _check_entry(state, name, path, kind)
-    _check_same("text", state["data"], fingerprint, path)
+    if any(state["data"].get(split) != name for split, name in fingerprint.items()):
+        raise ValueError(
+            f"expected the text of the run to resume, got another than {path} has learned from: "
+            "give the same, or start a new run in another --out"
+        )
     given = {**asdict(config), "betas": list(config.betas)}
     _check_same("config", state["config"], given, path, may_change=_MAY_CHANGE)
     for name in EVALUATIONS:
