@@ -40,6 +40,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, d_in: int, d_k: int, d_v: int) -> None:
         super().__init__()
+        self.d_in = d_in
         self.query = nn.Linear(d_in, d_k)
         self.key = nn.Linear(d_in, d_k)
         self.value = nn.Linear(d_in, d_v)
@@ -62,8 +63,8 @@ class SelfAttention(nn.Module):
 
         The weights carry no gradient.
         """
-        if x.shape[-1] != self.query.in_features:
-            raise ShapeError(f"SelfAttention: d_in is {x.shape[-1]} in x but {self.query.in_features} here")
+        if x.shape[-1] != self.d_in:
+            raise ShapeError(f"SelfAttention: d_in is {x.shape[-1]} in x but {self.d_in} here")
         query, key, value = self.query(x), self.key(x), self.value(x)
         output = attention(query, key, value, mask)
         return (output, _weights(query, key, value, mask)) if return_weights else output
@@ -133,6 +134,7 @@ class MultiHeadAttention(nn.Module):
         width = d_k // num_heads
         if rotary is not None and rotary.width != width:
             raise ValueError(f"MultiHeadAttention: rotary has width {rotary.width} but a head has {width}")
+        self.d_model = d_model
         self.num_heads = num_heads
         self.num_groups = num_groups
         self.causal = causal
@@ -168,8 +170,8 @@ class MultiHeadAttention(nn.Module):
         the context's keys and values, computed in the first call. The weights are those before dropout, and carry no
         gradient.
         """
-        if x.shape[-1] != self.query.in_features:
-            raise ShapeError(f"MultiHeadAttention: d_model is {x.shape[-1]} in x but {self.query.in_features} here")
+        if x.shape[-1] != self.d_model:
+            raise ShapeError(f"MultiHeadAttention: d_model is {x.shape[-1]} in x but {self.d_model} here")
         if context is not None and self.rotary is not None:
             raise ValueError("MultiHeadAttention: a context does not go with rotary positions")
         if cache is not None and self.observer is None and not return_weights:
