@@ -241,7 +241,10 @@ class MultiHeadAttention(nn.Module):
         """Queries and keys (batch heads tokens width), normed and turned, and values; of the last two groups."""
         maps = (self.query, self.key, self.value)
         alone = context is None and cache is None and self.training
-        if alone and plain(*maps, self.query_norm, self.key_norm, self.rotary) and passes.served(x, self.query.weight):
+        alone = alone and plain(*maps, self.query_norm, self.key_norm, self.rotary)
+        # Of maps whose widths do not belong together attention says so.
+        fits = alone and self.query.out_features * self.num_groups == self.key.out_features * self.num_heads
+        if fits and passes.served(x, self.query.weight):
             return self._place(joined_map(x, *maps))
         if context is None:
             query, key, value = self._each(x, *maps)

@@ -15,6 +15,7 @@ from sightline.layers import Block, FeedForward, MultiHeadAttention
 from sightline.models import Decoder, DecoderConfig
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm
+from sightline.shapes import ShapeError
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
 
@@ -144,6 +145,13 @@ def test_a_norm_or_a_map_with_a_hook_is_called():
     attention(x)
     network(x)
     assert seen == ["norm", "up"]
+
+
+def test_a_map_of_another_width_is_refused_as_ever():
+    layer = MultiHeadAttention(8, 2, causal=True)
+    layer.key, layer.value = nn.Linear(8, 12), nn.Linear(8, 4)  # together as wide as before
+    with pytest.raises(ShapeError, match="width"):
+        layer(drawn(1, 5, 8))
 
 
 def test_it_serves_float32_with_a_gradient_alone():
