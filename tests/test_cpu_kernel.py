@@ -544,7 +544,7 @@ def test_a_hundred_runs_have_the_same_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queries", [1, 2, 3])
+@pytest.mark.parametrize("queries", [1, 3, 4])
 @pytest.mark.parametrize("keys", [1, 30, 257, 1500])
 @pytest.mark.parametrize(("width", "value_width"), [(64, 96), (16, 16)])
 def test_few_rows_read_keys_and_values_where_they_lie(dtype, queries, keys, width, value_width, instructions):

@@ -28,7 +28,7 @@ struct RowBlock {
   int64_t* span;
 };
 
-INLINE int64_t block_first(const Call& call, const BackwardPlan& plan, int64_t i) { return call.queries * i / plan.blocks; }
+INLINE int64_t block_first(const Call& call, int64_t i) { return least(call.queries, i * kBackRows); }
 
 static RowBlock carve_rows(Scratch& scratch, const Call& call) {
   RowBlock rows;
@@ -81,7 +81,7 @@ static void pack_across(Dtype dtype, const Strided& from, int64_t batch, int64_t
 
 static void pack_row_block(const Call& call, const BackwardPlan& plan, int64_t unit) {
   int64_t i = unit % plan.blocks, head = unit / plan.blocks % call.heads, batch = unit / plan.blocks / call.heads;
-  int64_t first = block_first(call, plan, i), count = block_first(call, plan, i + 1) - first;
+  int64_t first = block_first(call, i), count = block_first(call, i + 1) - first;
   Scratch packed{packed_rows(call, plan, batch, head, i)};
   RowBlock rows = carve_rows(packed, call);
   rows.span[0] = call.keys, rows.span[1] = 0;
@@ -189,7 +189,7 @@ static void differentiate_row(const Call& call, int64_t batch, const Row& row, i
 // One block of rows meets the tile of keys [first, first + count).
 static void differentiate_block(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head, int64_t i,
                                 int64_t first, int64_t count, float* partial, float* to_slope, BackScratch& own) {
-  int64_t query = block_first(call, plan, i), rows = block_first(call, plan, i + 1) - query;
+  int64_t query = block_first(call, i), rows = block_first(call, i + 1) - query;
   int64_t groups = row_groups_of(rows), at = (batch * call.heads + head) * call.queries + query;
   Scratch packed{packed_rows(call, plan, batch, head, i)};
   RowBlock block = carve_rows(packed, call);
@@ -298,7 +298,7 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
 // The shares of the queries' gradient, added in order into the first.
 static void gather_queries(const Call& call, const BackwardPlan& plan, int64_t unit) {
   int64_t i = unit % plan.blocks, head = unit / plan.blocks % call.heads, batch = unit / plan.blocks / call.heads;
-  int64_t first = block_first(call, plan, i), count = block_first(call, plan, i + 1) - first;
+  int64_t first = block_first(call, i), count = block_first(call, i + 1) - first;
   int64_t wide = round_up(call.width, kLanes);
   float* sum = partial_of(call, plan, batch, head) + first * wide;
   for (int64_t share = 1; share < plan.shares; ++share) {

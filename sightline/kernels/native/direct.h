@@ -8,13 +8,13 @@ namespace sightline {
 namespace {
 
 constexpr int kTogether = 4;            // rows that share what is read
-constexpr int64_t kDirectRows = 8;      // more are worth packing
+constexpr int64_t kDirectRows = 8;      // more are worth packing; they may be two row groups
 constexpr int64_t kDirectDepth = 8;     // keys whose values stay in L1 while the columns pass
 constexpr int64_t kBytesAhead = 12 << 10;  // fetched early: no prefetcher of the CPU follows what is read here
 
 // Known from the call alone: how a row is summed must not depend on how the work is cut. Columns come in whole vectors.
 static bool reads_directly(const Call& call) {
-  return call.heads / call.groups * call.queries <= least(kRows, kDirectRows) && call.width % kLanes == 0 &&
+  return call.heads / call.groups * call.queries <= kDirectRows && call.width % kLanes == 0 &&
          call.value_width % kLanes == 0;
 }
 
