@@ -388,6 +388,17 @@ def test_top_keys_are_exact_where_scores_are(instructions):
         assert torch.equal(seen.top_keys, order[..., :top])
 
 
+def test_top_keys_are_exact_where_scores_are_four_ulps_apart(instructions):
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(6))
+    key = 1 + 4 * torch.finfo(torch.float32).eps * order.float()
+    case = Case(torch.ones(1, 1, 1, 1), key.view(1, 1, -1, 1), key.view(1, 1, -1, 1))
+    falling = order.argsort(descending=True)
+    for queries in (1, 20):  # few rows are read where they lie, more in panels
+        for top in (8, 30):
+            seen = saw(Case(case.query.expand(1, 1, queries, 1), *case[1:]), scale=1.0, top=top)
+            assert torch.equal(seen.top_keys[0, 0], falling[:top].expand(queries, top))
+
+
 def test_large_scores_keep_their_facts():
     case = draw(queries=50, keys=600, width=32, dtype=torch.float32)
     big = Case(case.query * 1e4, case.key, case.value)
@@ -407,6 +418,34 @@ def test_conservation():
     torch.testing.assert_close(seen.map.sum.sum((-1, -2)), live, rtol=1e-6, atol=1e-3)
     by_block = F.pad(seen.received, (0, -777 % 50)).unflatten(-1, (-1, 50)).sum(-1)
     torch.testing.assert_close(seen.map.sum.sum(-2), by_block, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Causal(),
+        Window(before=300, after=0),  # blocks see other tiles than the blocks before them
+        Causal() & Segments(torch.arange(1500).expand(1, -1) // 420),
+        Allowed((torch.arange(1200)[:, None] + torch.arange(1500)) // 700 % 2 == 0),  # tiles that a block passes over
+    ],
+    ids=["all", "causal", "window", "segments", "allowed"],
+)
+@pytest.mark.parametrize("map_block", [0, 70, 500])  # many bands, bands of several blocks
+def test_blocks_that_follow_in_one_strip(mask, map_block, instructions, threads):
+    case = draw(batch=1, heads=1, groups=1, queries=1200, keys=1500, width=8, value_width=8, dtype=torch.float32)
+    exact = saw(case.to(torch.float64), mask, "reference", map_block=map_block)
+    bits = []
+    for number in (1, 3):
+        threads(number)
+        seen = saw(case, mask, map_block=map_block)
+        torch.testing.assert_close(seen.received.double(), exact.received, atol=1e-5, rtol=2e-5)
+        if map_block:
+            torch.testing.assert_close(seen.map.sum.double(), exact.map.sum, atol=1e-5, rtol=2e-5)
+            torch.testing.assert_close(seen.map.max.double(), exact.map.max, atol=3e-6, rtol=2e-5)
+        bits.append([seen.output, seen.received, *(seen.map if map_block else ())])
+    assert_same_bits(*bits)
+    assert torch.equal(bits[0][0], native(case, mask))
 
 
 def test_ties_go_to_the_lowest_key(instructions):

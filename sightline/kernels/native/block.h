@@ -106,10 +106,11 @@ static Columns seen_columns(const Block& block, int64_t row_group, int64_t tile)
 }
 
 // One row group meets one tile. `scores` is (kRows, kTile), and `rounded` for pairs; `used` gets the largest score
-// that the exponentials left there are relative to, or infinity where the tile was skipped.
+// that the exponentials left there are relative to, or infinity where the tile was skipped. `ahead`: the scores of the
+// next tile.
 template <bool kSeeing, From kFrom>
 static void attend_tile(Block& block, int64_t row_group, int64_t tile, const float* keys, const float* values,
-                        float* scores, bfloat16* rounded, float* used) {
+                        float* scores, bfloat16* rounded, float* used, const float* ahead) {
   const Call& call = block.call;
   const State& state = block.state;
   int64_t begin = first_of(block, row_group), count = first_of(block, row_group + 1) - begin, first = tile * kTile;
@@ -141,7 +142,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
 #endif
   if constexpr (kFrom == From::packed)
     multiply_in_chains<1, kRowStride>(count, query_of(block, row_group), keys + left * call.width,
-                                      kPanel * call.width, call.width, scores + left, kTile, right - left);
+                                      kPanel * call.width, call.width, scores + left, kTile, right - left,
+                                      ahead ? ahead + left : nullptr);
 
   float now[kRowStride], was[kRowStride], factor[kRowStride];
   for (int r = 0; r < kRowStride; ++r) now[r] = was[r] = 0;
@@ -213,38 +215,45 @@ static auto* tile_function(From from) {
                                      : attend_tile<kSeeing, From::packed>;
 }
 
-// The block against tiles [from, to). Keys and values come packed, or are packed here tile by tile. With a strip
-// (tile, row group, kRows, kTile) the exponentials are kept there, else every tile uses the same memory.
-static void attend_tiles(Block& block, int64_t from, int64_t to, float* memory, float* strip, float* used) {
+// The exponentials of a block, kept until their sums are known: of each tile (row group, kRows, kTile), and of each row
+// the largest score that they are relative to. No data: nothing is kept.
+struct Strip {
+  float *data, *largest;
+};
+
+INLINE float* strip_of(const Block& block, const Strip& strip, int64_t tile) {
+  return strip.data + tile * strip_tile(block.plan.block_rows);
+}
+
+// The block against one tile. Keys and values come packed, or are packed here. Without a strip every tile uses the same
+// memory.
+static void attend_all(Block& block, int64_t tile, float* memory, const Strip& strip) {
   const Call& call = block.call;
   const Plan& plan = block.plan;
   auto* attend = plan.seeing ? tile_function<true>(block.from) : tile_function<false>(block.from);
   int64_t group = block.head / (call.heads / call.groups);
-  float* own_scores = memory;
-  bfloat16* rounded = (bfloat16*)(own_scores + kRows * kTile);
-  float* own_keys = own_scores + kRows * kTile * 3 / 2;
-  float* own_values = own_keys + key_floats(call);
-  for (int64_t tile = from; tile < to; ++tile) {
-    float* keys = own_keys;
-    float* values = own_values;
-    bool ready = plan.packed || block.from == From::rows;
-    if (plan.packed) {
-      keys = plan.packed + (call.groups * block.batch + group) * plan.packed_group +
-             tile * (key_floats(call) + value_floats(call));
-      values = keys + key_floats(call);
-    }
-    for (int64_t g = 0; g < block.row_groups; ++g) {
-      float* scores = strip ? strip + (tile - from) * strip_tile(block.rows) + g * kRows * kTile : own_scores;
-      float* used_here = used ? used + (tile - from) * block.rows : nullptr;
-      if (!ready) {
-        Columns seen = seen_columns(block, g, tile);
-        if (seen.begin < seen.end) {
-          pack_tile(call, block.batch, group, tile, keys, values);
-          ready = true;
-        }
+  bfloat16* rounded = (bfloat16*)(memory + kRows * kTile);
+  float* keys = memory + kRows * kTile * 3 / 2;
+  float* values = keys + key_floats(call);
+  bool ready = plan.packed || block.from == From::rows;
+  if (plan.packed) {
+    keys = plan.packed + (call.groups * block.batch + group) * plan.packed_group +
+           tile * (key_floats(call) + value_floats(call));
+    values = keys + key_floats(call);
+  }
+  float* used = strip.data ? strip.largest + tile * plan.block_rows : nullptr;
+  bool last = tile + 1 == tiles_of(call);
+  for (int64_t g = 0; g < block.row_groups; ++g) {
+    if (!ready) {
+      Columns seen = seen_columns(block, g, tile);
+      if (seen.begin < seen.end) {
+        pack_tile(call, block.batch, group, tile, keys, values);
+        ready = true;
       }
-      attend(block, g, tile, keys, values, scores, rounded, used_here);
     }
+    float* scores = strip.data ? strip_of(block, strip, tile) + g * kRows * kTile : memory;
+    const float* ahead = strip.data && !last ? strip_of(block, strip, tile + 1) + g * kRows * kTile : nullptr;
+    attend(block, g, tile, keys, values, scores, rounded, used, ahead);
   }
 }
 

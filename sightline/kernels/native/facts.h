@@ -145,25 +145,23 @@ static void add_weights(const Block& block, int64_t row_group, int64_t tile, con
   }
 }
 
-// The strip's exponentials become weights, now that each row's sum is known.
-static void distribute(Block& block, int64_t from, int64_t to, const float* strip, const float* used, float* received,
-                       int64_t next_head) {
+// A tile of the strip: exponentials become weights, now that each row's sum is known.
+static void distribute(const Block& block, int64_t tile, const Strip& strip, float* received, int64_t next_head) {
   const State& state = block.state;
-  Given given = {};
-  for (int64_t tile = from; tile < to; ++tile) {
-    for (int64_t g = 0; g < block.row_groups; ++g) {
-      Columns seen = seen_columns(block, g, tile);
-      int64_t begin = first_of(block, g), end = first_of(block, g + 1);
-      const float* used_here = used + (tile - from) * block.rows;
-      if (seen.begin >= seen.end || used_here[begin] == kInfinity) continue;
-      float factor[kRows];
-      for (int64_t r = begin; r < end; ++r)
-        factor[r - begin] = state.inverse[r] == 0 ? 0 : exp(used_here[r] - state.largest[r]) * state.inverse[r];
-      const float* weights = strip + (tile - from) * strip_tile(block.rows) + g * kRows * kTile;
-      add_weights(block, g, tile, seen, weights, factor, given, received, next_head);
-    }
-    give(block, tile, given, received, next_head);
+  const float* used = strip.largest + tile * block.plan.block_rows;
+  Given given;
+  given.head = given.map_row = given.left = given.right = 0;
+  for (int64_t g = 0; g < block.row_groups; ++g) {
+    Columns seen = seen_columns(block, g, tile);
+    int64_t begin = first_of(block, g), end = first_of(block, g + 1);
+    if (seen.begin >= seen.end || used[begin] == kInfinity) continue;
+    float factor[kRows];
+    for (int64_t r = begin; r < end; ++r)
+      factor[r - begin] = state.inverse[r] == 0 ? 0 : exp(used[r] - state.largest[r]) * state.inverse[r];
+    const float* weights = strip_of(block, strip, tile) + g * kRows * kTile;
+    add_weights(block, g, tile, seen, weights, factor, given, received, next_head);
   }
+  give(block, tile, given, received, next_head);
 }
 
 static void clear_map(const Call& call, int64_t batch, int64_t head, int64_t first_query, int64_t last_query) {

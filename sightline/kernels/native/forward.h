@@ -28,38 +28,66 @@ static int64_t strip_floats(const Call& call, const Plan& plan, int64_t tiles) {
   return tiles * (strip_tile(plan.block_rows) + round_up(plan.block_rows, 16));
 }
 
+static Strip lay_strip(const Call& call, const Plan& plan, float* memory) {
+  return {memory, memory + tiles_of(call) * strip_tile(plan.block_rows)};
+}
+
+static void exchange(Block& one, Block& other) {
+  auto swap = [](auto& a, auto& b) {
+    auto was = a;
+    a = b, b = was;
+  };
+  swap(one.batch, other.batch), swap(one.head, other.head), swap(one.first, other.first), swap(one.rows, other.rows);
+  swap(one.row_groups, other.row_groups), swap(one.row, other.row), swap(one.query, other.query);
+  swap(one.state, other.state);
+}
+
 static int64_t scratch_floats(const Call& call, const Plan& plan) {
   Scratch count{nullptr};
-  carve_block(count, call, plan, plan.block_rows);
-  carve_state(count, call, plan, plan.block_rows);
+  for (int64_t blocks = plan.strip_kept ? 2 : 1; blocks > 0; --blocks) {
+    carve_block(count, call, plan, plan.block_rows);
+    carve_state(count, call, plan, plan.block_rows);
+  }
   count.floats(key_floats(call) + value_floats(call) + kRows * kTile * 3 / 2);
   if (plan.strip_kept && plan.chunks == 1) count.floats(strip_floats(call, plan, tiles_of(call)));
   return count.used;
 }
 
-static void attend_bands(Block& block, int64_t batch, int64_t head, int64_t share, float* memory, float* strip) {
+// A block's tile of the strip is distributed when the next block comes to that tile: a long strip, which no cache holds,
+// is then read and written again in one go, and fetched while something is multiplied.
+static void attend_bands(Block& block, Block& before, int64_t batch, int64_t head, int64_t share, float* memory,
+                         const Strip& strip) {
   const Call& call = block.call;
   const Plan& plan = block.plan;
-  float* used = strip + tiles_of(call) * strip_tile(plan.block_rows);
   float* received = nullptr;
   if (call.received) {
     received = plan.shared_received + ((batch * call.heads + head) * plan.shares + share) * call.keys;
     clear(received, call.keys);
   }
+  int64_t from = 0, to = 0, from_before = 0, to_before = 0;  // tiles that the two blocks see
+  auto sweep = [&] {
+    for (int64_t tile = least(from, from_before); tile < most(to, to_before); ++tile) {
+      if (tile >= from_before && tile < to_before) distribute(before, tile, strip, received, 0);
+      if (tile >= from && tile < to) attend_all(block, tile, memory, strip);
+    }
+  };
   for (int64_t band = share; band < plan.bands; band += plan.shares) {
     int64_t first = band * plan.band_rows, last = least(first + plan.band_rows, call.queries);
     clear_map(call, batch, head, first, last);
     int64_t blocks = (last - first + plan.block_rows - 1) / plan.block_rows;
     for (int64_t i = 0; i < blocks; ++i) {
-      int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks, from, to;
+      int64_t begin = first + (last - first) * i / blocks, end = first + (last - first) * (i + 1) / blocks;
       open_block(block, batch, head, begin, end - begin);
       clear_state(block.state, call, plan, block.rows);
       tile_range(block, from, to);
-      attend_tiles(block, from, to, memory, strip, used);
+      sweep();
       finish_rows(block);
-      distribute(block, from, to, strip, used, received, 0);
+      exchange(block, before);
+      from_before = from, to_before = to;
     }
   }
+  from = to = 0;
+  sweep();
 }
 
 static void attend(const Call& call, const Plan& plan, int64_t unit, float* at) {
@@ -75,17 +103,16 @@ static void attend(const Call& call, const Plan& plan, int64_t unit, float* at) 
     open_block(block, batch, head * plan.fold, 0, rows);
     clear_state(block.state, call, plan, rows);
     from = chunk * plan.chunk_tiles, to = least(tiles_of(call), from + plan.chunk_tiles);
-    float *strip = nullptr, *used = nullptr;
-    if (plan.strip_kept) {
-      strip = plan.strips + unit / plan.chunks * strip_floats(call, plan, tiles_of(call));
-      used = strip + tiles_of(call) * strip_tile(rows) + from * rows;
-      strip += from * strip_tile(rows);
-    }
-    attend_tiles(block, from, to, memory, strip, used);
+    Strip strip = {};
+    if (plan.strip_kept)
+      strip = lay_strip(call, plan, plan.strips + unit / plan.chunks * strip_floats(call, plan, tiles_of(call)));
+    for (int64_t tile = from; tile < to; ++tile) attend_all(block, tile, memory, strip);
   } else if (plan.strip_kept) {
-    float* strip = scratch.floats(strip_floats(call, plan, tiles_of(call)));
+    Block before = carve_block(scratch, call, plan, plan.block_rows);
+    before.state = carve_state(scratch, call, plan, plan.block_rows);
+    Strip strip = lay_strip(call, plan, scratch.floats(strip_floats(call, plan, tiles_of(call))));
     int64_t share = unit % plan.shares, head = unit / plan.shares % call.heads;
-    attend_bands(block, unit / plan.shares / call.heads, head, share, memory, strip);
+    attend_bands(block, before, unit / plan.shares / call.heads, head, share, memory, strip);
   } else {
     // The last rows first: under a causal mask they are the longest.
     int64_t i = plan.blocks - 1 - unit % plan.blocks, head = unit / plan.blocks % folded;
@@ -93,7 +120,7 @@ static void attend(const Call& call, const Plan& plan, int64_t unit, float* at) 
     open_block(block, unit / plan.blocks / folded, head * plan.fold, begin, end - begin);
     clear_state(block.state, call, plan, block.rows);
     tile_range(block, from, to);
-    attend_tiles(block, from, to, memory, nullptr, nullptr);
+    for (int64_t tile = from; tile < to; ++tile) attend_all(block, tile, memory, {});
     finish_rows(block);
   }
 }
@@ -137,14 +164,14 @@ static void merge(const Call& call, const Plan& plan, int64_t unit, float* at) {
   }
   finish_rows(block);
   if (!plan.strip_kept) return;
-  float* strip = plan.strips + unit * strip_floats(call, plan, tiles_of(call));
+  Strip strip = lay_strip(call, plan, plan.strips + unit * strip_floats(call, plan, tiles_of(call)));
   float* received = nullptr;
   for (int64_t head = block.head; head < block.head + plan.fold; ++head) clear_map(call, block.batch, head, 0, call.queries);
   if (call.received) {
     received = call.received + (block.batch * call.heads + block.head) * call.keys;
     clear(received, plan.fold * call.keys);
   }
-  distribute(block, 0, tiles_of(call), strip, strip + tiles_of(call) * strip_tile(rows), received, call.keys);
+  for (int64_t tile = 0; tile < tiles_of(call); ++tile) distribute(block, tile, strip, received, call.keys);
 }
 
 // What each share of the queries gave to a head's keys, added in order.

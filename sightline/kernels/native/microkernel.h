@@ -83,12 +83,15 @@ static void multiply(int64_t rows, const Number* a, const Number* b, int64_t pan
 
 constexpr int64_t kChain = 64;  // of a product over the width
 
-// As multiply into nothing, in chains of kChain.
+// As multiply into nothing, in chains of kChain. `ahead`, if any, is of C's shape: memory that is needed next and may lie
+// beyond the caches, asked for panel by panel while the multiply ports have work.
 template <int kRowStep, int kDepthStep>
 static void multiply_in_chains(int64_t rows, const float* a, const float* b, int64_t panel_floats, int64_t depth,
-                               float* c, int64_t c_row, int64_t columns) {
+                               float* c, int64_t c_row, int64_t columns, const float* ahead = nullptr) {
   for (int64_t j = 0; j < columns; j += kPanel, b += panel_floats) {
     int64_t first = depth < kChain ? depth : kChain;
+    for (int64_t r = 0; ahead && r < rows; ++r)
+      for (int64_t k = 0; k < kPanel; k += 16) __builtin_prefetch(ahead + r * c_row + j + k, 1);
     multiply<kRowStep, kDepthStep, Into::nothing>(rows, a, b, 0, first, c + j, c_row, kPanel);
     for (int64_t k = first; k < depth; k += kChain)
       multiply<kRowStep, kDepthStep, Into::sum>(rows, a + k * kDepthStep, b + k * kPanel, 0,
