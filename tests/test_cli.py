@@ -200,7 +200,7 @@ def test_bench(monkeypatch, capsys):
 
 def test_what_the_program_says_of_itself(capsys):
     assert run("--version") == 0
-    assert capsys.readouterr().out == "sightline 0.4.0\n"
+    assert capsys.readouterr().out == "sightline 0.5.0\n"
     for arguments in ((), ("--help",), ("-h",)):
         assert run(*arguments) == 0
         stdout = capsys.readouterr().out
