@@ -265,6 +265,8 @@ def look(
         raise ValueError(f"cannot write {out}: there is no folder {out.parent}; give another --out")
     chosen = None if heads is None else parse_heads(heads)  # before the work
     if capture is None:
+        if chosen is not None and layers is None and save is None:  # what is not shown costs nothing
+            layers = tuple(sorted({layer for layer, _ in chosen}))
         options = {"tokens": tokens, "layers": layers, "write": write, "folder": save, "live": out is None}
         stages = _stages(model, text, target, compare, errors, **options)
     elif any((model, text, target, tokens, layers, write, compare, save)):

@@ -744,6 +744,7 @@ def test_look_at_what_is_not_there(trained, words, text, tmp_path, refused):
     refused(*same, "--layers", 1, says=("layers are 0 to 0, got 1",))
     refused(*same, "--layers", says=("no layer asked for",))
     refused(*same, "--heads", "all", says=("heads are pairs of layer and head such as 0.1,2.3; got 'all'",))
+    refused(*same, "--heads", "1.0", says=("layers are 0 to 0, got 1",))
     refused(*same, "--heads", "0.2", says=("heads are 0 to 1, got head 2",))
     refused(*same, "--port", 80, says=("--out writes a page and serves none",))
     refused(*same, "--save", tmp_path / "x", "--compare", words, says=("--save saves one capture",))

@@ -320,10 +320,15 @@ def test_the_next_port_where_one_is_taken(seen, capsys):
 
 
 def test_bad_input_gets_one_clear_line(seen):
+    def made_too_early():
+        raise AssertionError("the work is done before the port is looked at")
+        yield
+
     for call, message in [
         (lambda: serve([], port=0), "there is no capture to show; give at least one"),
         (lambda: serve(seen, port=65536), "a port is from 0 to 65535, got 65536"),
         (lambda: serve(seen, port=-1), "a port is from 0 to 65535, got -1"),
+        (lambda: server_module.follow(made_too_early(), port=99999), "a port is from 0 to 65535, got 99999"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

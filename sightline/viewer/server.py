@@ -147,6 +147,7 @@ def follow(stages: Iterable[tuple[Captures, int | None]], *, port: int = PORT, o
 
     Raises: as `serve`.
     """
+    _expect_port(port)  # before the captures are made
     server = None
     try:
         for captures, goal in stages:
@@ -162,8 +163,7 @@ def follow(stages: Iterable[tuple[Captures, int | None]], *, port: int = PORT, o
 
 
 def _started(captures: Captures, goal: int | None, port: int, open_browser: bool, hint: str) -> Server:
-    if not 0 <= port < 2**16:
-        raise ValueError(f"serve: a port is from 0 to 65535, got {port}")
+    _expect_port(port)
     by_name = named(captures)
     if not by_name:
         raise ValueError("serve: there is no capture to show; give at least one")
@@ -174,6 +174,11 @@ def _started(captures: Captures, goal: int | None, port: int, open_browser: bool
     if open_browser:
         webbrowser.open(server.url)
     return server
+
+
+def _expect_port(port: int) -> None:
+    if not 0 <= port < 2**16:
+        raise ValueError(f"serve: a port is from 0 to 65535, got {port}")
 
 
 def _listen(port: int) -> tuple[socket.socket, int]:
