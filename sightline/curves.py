@@ -19,7 +19,7 @@ from sightline.logs import LOG, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from sightline.figures import Figure
 
 PICTURE = "loss.png"
 """Its name in the folder of a run."""
@@ -65,10 +65,10 @@ def plot_run(run: str | Path) -> "Figure":
     ...     plot_run(out).axes[0].get_ylabel()
     'loss (nats a token)'
     """
-    from sightline.figures import Drawing
+    from sightline.figures import Figure
 
     history = _history(Path(run))
-    figure = Drawing(figsize=(9, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(above, history)
     _draw_rate(below, history)

@@ -5,10 +5,10 @@ Imports matplotlib, so it is imported where a picture is drawn. Knows nothing of
 
 import io
 
-from matplotlib.figure import Figure
+from matplotlib import figure
 
 
-class Drawing(Figure):
+class Figure(figure.Figure):
     """matplotlib's own figure, which alone has no picture of itself: pyplot would tell IPython how to make one."""
 
     def _repr_png_(self) -> bytes:

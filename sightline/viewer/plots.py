@@ -17,7 +17,7 @@ from sightline.positions import Learned, Sinusoidal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from sightline.figures import Figure
 
 Scale = Literal["linear", "log"]
 
@@ -91,12 +91,12 @@ def plot_heads(capture: Capture, *, title: str | None = None) -> "Figure":
     """
     from matplotlib.colors import LogNorm
 
-    from sightline.figures import Drawing
+    from sightline.figures import Figure
 
     if not isinstance(capture, Capture):
         raise ValueError(f"plot_heads: expected a Capture, as sl.capture gives one, got {type(capture).__name__}")
     layers, heads, exact = len(capture.layers), capture.num_heads, max(capture.queries.shape[2], capture.keys.shape[2])
-    figure = Drawing(figsize=(1.5 * heads + 1.2, 1.62 * layers + 0.5), dpi=150, layout="compressed")
+    figure = Figure(figsize=(1.5 * heads + 1.2, 1.62 * layers + 0.5), dpi=150, layout="compressed")
     grid = figure.subplots(layers, heads, squeeze=False)
     norm = LogNorm(1e-3, 1, clip=True)
     for row, layer in enumerate(capture.layers):
@@ -269,12 +269,12 @@ def _draw(picture: _Picture, scale: Scale, title: str) -> "Figure":
 
 def _figure(height: int, width: int, least: float) -> "tuple[Figure, Axes]":
     """One pair of axes, of about the picture's own proportions; no side is below `least` of the other."""
-    from sightline.figures import Drawing
+    from sightline.figures import Figure
 
     longest = INCHES + min(max(height, width), MOST_LABELS) / 24
     share = max(least, min(height, width) / max(height, width))
     sides = (longest * share, longest) if height > width else (longest, longest * share)
-    figure = Drawing(figsize=(sides[0] + 1.2, sides[1] + 0.6), dpi=150, layout="compressed")
+    figure = Figure(figsize=(sides[0] + 1.2, sides[1] + 0.6), dpi=150, layout="compressed")
     return figure, figure.add_subplot()
 
 
