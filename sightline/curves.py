@@ -19,6 +19,7 @@ from sightline.logs import LOG, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
     from sightline.figures import Figure
 
 PICTURE = "loss.png"

@@ -17,6 +17,7 @@ from sightline.positions import Learned, Sinusoidal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
     from sightline.figures import Figure
 
 Scale = Literal["linear", "log"]
