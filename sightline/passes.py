@@ -4,6 +4,7 @@ Activations, dropout, RMSNorm, and heads put in their place, by the native kerne
 gradient is wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -72,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if served(x, weight):
         return _Normed.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    return _by_library(x, weight, epsilon)
 
 
 def placed(
@@ -132,8 +133,8 @@ class _Normed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (grad,) = ctx.saved_tensors, grads
         if torch.is_grad_enabled():
-            norm = lambda x, weight: F.rms_norm(x, weight.shape, weight, ctx.epsilon)  # noqa: E731
-            return *_by_definition(norm, grad, x, weight), None
+            definition = functools.partial(_by_library, epsilon=ctx.epsilon)
+            return *_by_definition(definition, grad, x, weight), None
         by_x, by_weight = torch.ops.sightline.rms_norm_backward.default(_rows(grad), _rows(x), weight, ctx.epsilon)
         return by_x.view_as(x), by_weight, None
 
@@ -176,6 +177,10 @@ def _by_definition(function: Callable[..., Tensor], grad: Tensor, *inputs: Tenso
     with torch.enable_grad():
         by_wanted = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
     return [next(by_wanted) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _by_library(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def _rows(x: Tensor) -> Tensor:

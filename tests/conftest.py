@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sightline import curves
+from sightline.kernels import cpu
 
 hypothesis.settings.register_profile("sightline", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("sightline")
@@ -29,3 +30,12 @@ def text(request, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "cats.txt"
     file.write_text(request.module.TEXT, encoding="utf-8", newline="\n")
     return file
+
+
+@pytest.fixture(params=cpu.available() or ["none"])
+def instructions(request):
+    """Each instruction set that this CPU runs, in use for a test."""
+    before = cpu.instructions()
+    cpu.use_instructions(request.param)
+    yield request.param
+    cpu.use_instructions(before)

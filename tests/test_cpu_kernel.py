@@ -23,14 +23,6 @@ TILE = 256
 """Keys a tile, as native/problem.h has it: the sizes of the tests stand around its multiples."""
 
 
-@pytest.fixture(params=cpu.available() or ["none"])
-def instructions(request):
-    before = cpu.instructions()
-    cpu.use_instructions(request.param)
-    yield request.param
-    cpu.use_instructions(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

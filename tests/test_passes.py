@@ -23,14 +23,6 @@ ACTIVATIONS = [F.gelu, passes.gelu_tanh, passes.gated_silu]
 SHAPES = [(1, 2), (3, 7, 6), (5, 130), (700, 66)]
 
 
-@pytest.fixture(params=cpu.available())
-def instructions(request):
-    before = cpu.instructions()
-    cpu.use_instructions(request.param)
-    yield request.param
-    cpu.use_instructions(before)
-
-
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -21,14 +21,6 @@ from sightline.shapes import ShapeError
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
 
 
-@pytest.fixture(params=cpu.available())
-def instructions(request):
-    before = cpu.instructions()
-    cpu.use_instructions(request.param)
-    yield request.param
-    cpu.use_instructions(before)
-
-
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
