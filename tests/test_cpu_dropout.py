@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, assert_as_accurate, draw
-from test_cpu_kernel import instructions, native, threads  # noqa: F401 (fixtures)
+from test_cpu_kernel import native, threads  # noqa: F401 (a fixture)
 
 from sightline.kernels import cpu, reference
 from sightline.masks import Causal, Mask, Padding, Window
