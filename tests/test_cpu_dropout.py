@@ -40,7 +40,7 @@ def defined(case: Case, mask: Mask | None, stays: torch.Tensor, dropout: float) 
 
 @pytest.mark.parametrize("queries", [1, 3, 90])  # read in place, one row group, blocks
 @pytest.mark.parametrize("mask", [None, Causal(), Window(before=40, after=3)], ids=["all", "causal", "window"])
-def test_output_and_gradients_are_those_of_the_weights_that_stay(queries, mask, instructions):  # noqa: F811
+def test_output_and_gradients_are_those_of_the_weights_that_stay(queries, mask, instructions):
     case = draw(queries=queries, keys=150, width=16, value_width=24, dtype=torch.float32)
     left = stays(case, mask, dropout=0.3, seed=1)
     leaves = Case(*(t.clone().requires_grad_() for t in case))
@@ -54,7 +54,7 @@ def test_output_and_gradients_are_those_of_the_weights_that_stay(queries, mask, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, instructions):  # noqa: F811
+def test_half_precision(dtype, instructions):
     case = draw(queries=60, keys=200, width=64, value_width=64, dtype=dtype)
     left = stays(case, None, dropout=0.2, seed=4)
     # What plain arithmetic in that dtype makes of the same weights.
@@ -64,7 +64,7 @@ def test_half_precision(dtype, instructions):  # noqa: F811
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
-def test_as_many_weights_stay_as_should_everywhere(dropout, instructions):  # noqa: F811
+def test_as_many_weights_stay_as_should_everywhere(dropout, instructions):
     left = stays(draw(batch=3, heads=4, queries=100, keys=256, dtype=torch.float32), dropout=dropout, seed=0).double()
     for axis in ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):  # of each sequence, head, query, key
         share = left.mean(axis)
