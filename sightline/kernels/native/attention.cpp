@@ -68,7 +68,7 @@ Plan plan_of(const Call& call, const Kernels& kernels, bool seeing) {
   int64_t wanted = ceil_div(4 * (int64_t)torch::stable::get_num_threads(), heads);
   plan.blocks = std::max(ceil_div(all, most), std::min(wanted, ceil_div(all, 2 * rows)));
   plan.blocks = std::max<int64_t>(1, plan.blocks);
-  plan.block_rows = ceil_div(all, plan.blocks);
+  plan.block_rows = ceil_div(ceil_div(all, rows), plan.blocks) * rows;
   return plan;
 }
 

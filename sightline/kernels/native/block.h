@@ -162,8 +162,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
       if (call.top && largest > best[call.top - 1]) {
         float floor = best[call.top - 1] == -kInfinity ? floor_of(maxima, call.top) : -kInfinity;
         int32_t* keys_of_best = state.top_keys + (begin + r) * call.top;
-        if (call.top <= 8) keep_top<8>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
-        else if (call.top <= 16) keep_top<16>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
+        if (call.top <= 8) keep_top<8>(line, left, right, first, floor, best, keys_of_best, call.top);
+        else if (call.top <= 16) keep_top<16>(line, left, right, first, floor, best, keys_of_best, call.top);
         else keep_many(line, left, right, first, best, keys_of_best, call.top);
       }
     }
@@ -175,15 +175,19 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     shift = where_less(splat(-kInfinity), shift, shift, zero());  // nothing seen yet: -inf - -inf would be NaN
     store(factor + r, exp(sub(load(was + r), shift)));
   }
+  constexpr bool kPairs = kFrom == From::pairs;
+  bool kept = kSeeing ? used || first < call.sink_keys : call.dropped;  // exponentials are needed as floats too
   for (int64_t r = 0; r < count; ++r) {
     int64_t i = begin + r;
     float shift = now[r] == -kInfinity ? 0 : now[r];
-    Sums sums = exponentiate<kSeeing, kFrom == From::pairs>(scores + r * kTile, left, right, shift,
-                                                            (float)(row[r].position - first), rounded + r * kTile);
+    float away = (float)(row[r].position - first);
+    float* line = scores + r * kTile;
+    bfloat16* pairs = rounded + r * kTile;
+    Sums sums = kept ? exponentiate<kSeeing, kPairs, true>(line, left, right, shift, away, pairs)
+                     : exponentiate<kSeeing, kPairs, !kPairs>(line, left, right, shift, away, pairs);
     join<kSeeing>(state, i, was[r], now[r], factor[r], sums);
     if (!kSeeing && call.dropped)
-      drop<kFrom == From::pairs>(call, block.batch, row[r], first, left, right, scores + r * kTile,
-                                 rounded + r * kTile);
+      drop<kPairs>(call, block.batch, row[r], first, left, right, line, pairs);
     if constexpr (kSeeing) {
       float sink = 0;
       for (int64_t k = left; k < least(right, call.sink_keys - first); ++k) sink += scores[r * kTile + k];

@@ -116,7 +116,8 @@ static void attend(const Call& call, const Plan& plan, int64_t unit, float* at) 
   } else {
     // The last rows first: under a causal mask they are the longest.
     int64_t i = plan.blocks - 1 - unit % plan.blocks, head = unit / plan.blocks % folded;
-    int64_t begin = rows * i / plan.blocks, end = rows * (i + 1) / plan.blocks;
+    int64_t groups = row_groups_of(rows);  // whole ones a block, but for the last
+    int64_t begin = groups * i / plan.blocks * kRows, end = least(rows, groups * (i + 1) / plan.blocks * kRows);
     open_block(block, unit / plan.blocks / folded, head * plan.fold, begin, end - begin);
     clear_state(block.state, call, plan, block.rows);
     tile_range(block, from, to);

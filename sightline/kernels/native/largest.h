@@ -68,6 +68,60 @@ static float floor_of(const Maxima& maxima, int64_t top) {
   return -max_lanes(reached);
 }
 
+#if defined(__AVX512F__)
+// The scores [begin, end) of a row, of keys first + [begin, end), against its list. `floor` is a score that at least
+// `top` of them reach, or -infinity: it spares an empty list most of what would pass through.
+//
+// The list lies in one register, a score a lane in falling order. What is put in takes the place of the first that is
+// smaller: each lane becomes the larger of itself and the smaller of the new one and its left neighbour. Which scores
+// are put in is found before, without branches, and in fours, of which -infinity changes nothing: a branch that
+// depends on numbers costs as much as several scores.
+template <int kMost>
+static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, float floor, float* best,
+                     int32_t* keys, int64_t top) {
+  static_assert(kMost <= kLanes, "a list is one vector");
+  const __m512i infinity = _mm512_castps_si512(splat(kInfinity));
+  const __mmask16 listed = (__mmask16)((1u << top) - 1);
+  V list = _mm512_mask_loadu_ps(splat(-kInfinity), listed, best);
+  __m512i of_list = _mm512_maskz_loadu_epi32(listed, keys);
+  // A little below the floor, so that what reaches it is above.
+  V bar = max(splat(best[top - 1]), splat(floor - 1e-6f * (floor < 0 ? -floor : floor) - 1e-30f));
+  float score[kTile + 4];
+  int32_t key[kTile + 4];
+  int64_t count = 0;
+  for (int64_t k = begin, stop; k < end; k = stop) {
+    int64_t chunk = k / kChunk * kChunk;
+    stop = least(end, chunk + kChunk);
+    uint64_t over = 0;
+    for (int64_t i = k; i < stop; i += kPanel) {
+      uint64_t panel = greater(load(scores + i), bar) | greater(load(scores + i + kLanes), bar) << kLanes;
+      over |= panel << (i - chunk);
+    }
+    int64_t next = count + __builtin_popcountll(over);
+    auto take = [&] {
+      int64_t at = chunk + (__builtin_ctzll(over | 1ull << 63));
+      score[count] = scores[at], key[count++] = (int32_t)(first + at);
+      over &= over - 1;
+    };
+    take(), take(), take(), take();
+    while (count < next) take();
+    count = next;
+  }
+  for (int i = 0; i < 4; ++i) score[count + i] = -kInfinity;
+  for (int64_t i = 0; i < count; i += 4)
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + 4; ++j) {
+      V x = splat(score[j]);
+      V left = _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(list), infinity, 15));
+      __m512i of_left = _mm512_alignr_epi32(of_list, of_list, 15);
+      of_left = _mm512_mask_mov_epi32(of_left, _mm512_cmp_ps_mask(left, x, _CMP_GE_OQ), _mm512_set1_epi32(key[j]));
+      of_list = _mm512_mask_mov_epi32(of_left, _mm512_cmp_ps_mask(list, x, _CMP_GE_OQ), of_list);
+      list = max(list, _mm512_min_ps(left, x));
+    }
+  _mm512_mask_storeu_ps(best, listed, list);
+  _mm512_mask_storeu_epi32(keys, listed, of_list);
+}
+#else
 // A row's list of at most kMost scores in falling order, and behind it scores that wait to be sorted in: one at a time
 // they would wait for one another, and for branches that nobody can predict.
 template <int kMost>
@@ -106,11 +160,10 @@ INLINE void copy_list(T* to, const T* from, int64_t top) {
   else __builtin_memcpy(to, from, sizeof(T) * (size_t)top);
 }
 
-// The scores [begin, end) of a row, of keys first + [begin, end), against its list. `floor` is a score that at least
-// `top` of them reach, or -infinity: it spares an empty list most of what would pass through.
+// As above, by the ranks.
 template <int kMost>
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima& maxima, float floor,
-                     float* best, int32_t* keys, int64_t top) {
+static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, float floor, float* best,
+                     int32_t* keys, int64_t top) {
   Largest<kMost> list;
   for (auto& room : list.room)
     for (int i = 0; i < 2 * kMost; i += kLanes) store(room + i, zero());
@@ -136,6 +189,8 @@ static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t fi
   if (list.count > top) list.sort(top);
   copy_list<kMost>(best, list.score, top), copy_list<kMost>(keys, list.key, top);
 }
+
+#endif
 
 // As keep_top, for a list of any length.
 static void keep_many(const float* scores, int64_t begin, int64_t end, int64_t first, float* best, int32_t* keys,

@@ -160,45 +160,49 @@ struct Sums {
   V total, moment, distance;
 };
 
-// Scores [begin, end) of a row become exponentials, and with kPairs also their bf16 in `rounded`. `away` is the query's
-// position less the tile's first key.
+// Scores [begin, end) of a row, whole panels, become exponentials: in place with kKept, as bf16 in `rounded` with
+// kPairs. `away` is the query's position less the tile's first key.
 //
 // Where no key lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
 // addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times.
-template <bool kSeeing, bool kPairs>
+template <bool kSeeing, bool kPairs, bool kKept>
 static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away, bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
   auto step = [&](int64_t k) {
-    V x = sub(load(scores + k), splat(shift));
+    V x = max(splat(kLeastExponent), sub(load(scores + k), splat(shift)));  // 0 * -infinity would be NaN
     V p = exp(x);
-    store(scores + k, p);
-    if constexpr (kPairs) store(rounded + k, p);
+    if constexpr (kKept) store(scores + k, p);
     total = add(total, p);
-    if constexpr (kSeeing) moment = fma(p, max(x, splat(-88.0f)), moment);  // 0 * -infinity would be NaN
+    if constexpr (kSeeing) moment = fma(p, x, moment);
     return p;
   };
+  auto sweep = [&](auto see) {
+    for (int64_t k = begin; k < end; k += kPanel) {
+      V p = step(k);
+      see(p);
+      V q = step(k + kLanes);
+      see(q);
+      if constexpr (kPairs) store(rounded + k, p, q);
+    }
+  };
   if constexpr (!kSeeing) {
-    for (int64_t k = begin; k < end; k += kLanes) step(k);
+    sweep([](V) {});
     return {total, moment, distance};
   }
   float counted[kLanes];
   if (away >= (float)(end - 1)) {
     V totals = zero();
-    for (int64_t k = begin; k < end; k += kLanes) {
-      step(k);
-      totals = add(totals, total);
-    }
+    sweep([&](V) { totals = add(totals, total); });
     for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(end + i);  // of a vector behind the last
     distance = fma(splat((float)kLanes), totals, mul(total, load(counted)));
     return {total, moment, distance};
   }
   for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(begin + i);
   V lane = load(counted);
-  for (int64_t k = begin; k < end; k += kLanes) {
-    V p = step(k);
+  sweep([&](V p) {
     distance = fma(p, abs(lane), distance);
     lane = sub(lane, splat((float)kLanes));
-  }
+  });
   return {total, moment, distance};
 }
 

@@ -21,6 +21,8 @@ struct float16 { uint16_t bits; };
 INLINE float bits_to_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t float_to_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 
+constexpr float kLeastNormal = -87.33f;  // e to the power of less is no normal number, and slow
+
 #if defined(__AVX512F__)
 
 // 32 registers: 14 x 2 accumulators, 2 for the panel, 1 for the broadcast. Each step of depth is 28 fused
@@ -50,16 +52,17 @@ INLINE unsigned greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
 // The halves are added, then their halves: one fixed order.
 INLINE float sum_lanes(V x) { return _mm512_reduce_add_ps(x); }
 INLINE float max_lanes(V x) { return _mm512_reduce_max_ps(x); }
-// y * 2^n, and 0 where x is below the smallest normal exponential (NaN passes).
-INLINE V scale_by_power(V y, V n, V x, V least) {
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), y, n);
-}
+INLINE V nearest_whole(V x, float factor) { return _mm512_roundscale_ps(mul(x, splat(factor)), 8); }
+// e^x is y * 2^n. Below the smallest normal number it loses digits, at the least exponent it is 0.
+constexpr float kLeastExponent = -104.0f;
+INLINE V scale_by_power(V y, V n, V) { return _mm512_scalef_ps(y, n); }
 INLINE V load(const bfloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 INLINE V load(const float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 #if defined(__AVX512BF16__)
 INLINE void store(bfloat16* p, V x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+INLINE void store(bfloat16* p, V x, V y) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(y, x)); }
 #else
 INLINE void store(bfloat16* p, V x) {
   __m512i bits = _mm512_castps_si512(x);
@@ -136,11 +139,12 @@ INLINE float max_lanes(V x) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
-INLINE V scale_by_power(V y, V n, V x, V least) {
+constexpr float kLeastExponent = -88.0f;
+INLINE V scale_by_power(V y, V n, V x) {
   // n goes to y's exponent, which has room for it; of NaN cvtps makes 2^31, of which nothing is left.
   __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   V scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
-  return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), scaled);
+  return _mm256_and_ps(_mm256_cmp_ps(x, splat(kLeastNormal), _CMP_NLT_UQ), scaled);
 }
 INLINE V load(const bfloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -192,10 +196,11 @@ INLINE float max_lanes(V x) {
   float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;
 }
-INLINE V scale_by_power(V y, V n, V x, V least) {
-  n = where(x >= least, n, zero());
+constexpr float kLeastExponent = -88.0f;
+INLINE V scale_by_power(V y, V n, V x) {
+  n = where(x >= splat(kLeastNormal), n, zero());
   I power = (__builtin_convertvector(n, I) + 127) << 23;
-  return where(x < least, zero(), y * (V)power);
+  return where(x < splat(kLeastNormal), zero(), y * (V)power);
 }
 INLINE float widen(bfloat16 x) { return bits_to_float((uint32_t)x.bits << 16); }
 INLINE float widen(float16 x) {
@@ -226,6 +231,10 @@ INLINE void store(float16* p, V x) { for (int i = 0; i < 4; ++i) narrow(p + i, x
 constexpr int kPanel = 2 * kLanes;                                // columns that a microkernel computes at once
 constexpr int kRowStride = (kRows + kLanes - 1) / kLanes * kLanes;  // from one depth to the next of interleaved rows
 
+#if !defined(__AVX512BF16__)
+INLINE void store(bfloat16* p, V x, V y) { store(p, x), store(p + kLanes, y); }
+#endif
+
 template <typename Half>
 INLINE V load_some(const Half* p, int n) {
   Half whole[kLanes] = {};
@@ -239,12 +248,19 @@ INLINE void store_some(Half* p, V x, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-// e^x for x up to 88; 0 below -87.33, where the result would be subnormal (and slow); NaN stays. x = n ln 2 + r with
-// |r| <= ln 2 / 2, and e^r is a polynomial of least relative error. Within an ulp for n = 0, and one more for every 64
-// of n: ln 2 is one float, because a weight of e^-44 may be wrong in its seventh digit.
-INLINE V exp(V x) {
+#if !defined(__AVX512F__)
+INLINE V nearest_whole(V x, float factor) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  V n = sub(fma(x, splat(1.44269504f), magic), magic);
+  return sub(fma(x, splat(factor), magic), magic);
+}
+#endif
+
+// e^x for x up to 88; 0 at kLeastExponent and below; NaN stays. x = n ln 2 + r with |r| <= ln 2 / 2, and e^r is
+// a polynomial of least relative error. Within an ulp for n = 0, and one more for every 64 of n: ln 2 is one float,
+// because a weight of e^-44 may be wrong in its seventh digit.
+INLINE V exp(V x) {
+  x = max(splat(kLeastExponent), x);  // in this order NaN stays
+  V n = nearest_whole(x, 1.44269504f);
 #if defined(__FMA__)
   V r = fnma(n, splat(0.693147182f), x);
 #else  // the product is rounded: n times the short first part of ln 2 is exact
@@ -257,7 +273,7 @@ INLINE V exp(V x) {
   y = fma(y, r, splat(4.999999419e-1f));
   y = fma(y, r, splat(1.000000032f));
   y = fma(y, r, splat(1.0f));
-  return scale_by_power(y, n, x, splat(-87.33f));
+  return scale_by_power(y, n, x);
 }
 
 INLINE float exp(float x) {
