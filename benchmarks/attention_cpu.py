@@ -158,7 +158,7 @@ def backward_row(
     sides = {"ours": lambda: gradients(ours), "sdpa": lambda: gradients(torchs)}
     times = interleaved(sides, rounds=rounds)
     work = 10 * shape[1] * shape[2] ** 2 * shape[3] / (2 if causal else 1)
-    most = work / 1e9 / ceiling(torch.float32).probe()
+    most = work / 1e9 / ceiling(dtype).probe()
     report.row(
         " x ".join(map(str, shape)), str(dtype).removeprefix("torch."), causal, f"{times['ours'] * 1e3:.2f}",
         f"{most / times['ours']:.2f}", f"{times['sdpa'] * 1e3:.2f}", f"{most / times['sdpa']:.2f}",

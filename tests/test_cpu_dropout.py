@@ -55,12 +55,20 @@ def test_output_and_gradients_are_those_of_the_weights_that_stay(queries, mask, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, instructions):
-    case = draw(queries=60, keys=200, width=64, value_width=64, dtype=dtype)
-    left = stays(case, None, dropout=0.2, seed=4)
+    case = Case(*(t.requires_grad_() for t in draw(queries=61, keys=201, width=64, value_width=64, dtype=dtype)))
+    exact = Case(*(t.detach().double().requires_grad_() for t in case))
+    with torch.no_grad():
+        left = stays(case, None, dropout=0.2, seed=4)
     # What plain arithmetic in that dtype makes of the same weights.
     weights = torch.softmax(case.query @ case.key.repeat_interleave(2, 1).mT * 64**-0.5, -1) * left / 0.8
     plain = weights.to(dtype) @ case.value.repeat_interleave(2, 1)
-    assert_as_accurate(seeded(case, dropout=0.2, seed=4), defined(case, None, left, 0.2), plain)
+    ours, right = seeded(case, dropout=0.2, seed=4), defined(exact, None, left, 0.2)
+    assert_as_accurate(ours, right, plain)
+    pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = torch.autograd.grad(ours, case, pull)
+    expected = torch.autograd.grad(plain, case, pull)
+    for gradient, wanted, theirs in zip(found, torch.autograd.grad(right, exact, pull.double()), expected, strict=True):
+        assert_as_accurate(gradient, wanted, theirs)
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])

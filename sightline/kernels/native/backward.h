@@ -10,126 +10,63 @@
 // gives to the queries is kept apart and added in the order of shares: the same bits for any number of threads.
 #pragma once
 
-#include "forward.h"
+#include "rowblock.h"
 
 namespace sightline {
 namespace {
 
 constexpr int64_t kBackTile = 128;
-constexpr int64_t kBackRows = 8 * kRows;
 // Weights of a block against a tile, (row, key). The odd line keeps keys of consecutive rows in different cache sets.
 constexpr int64_t kBackStride = kBackTile + 16;
 
-// A block of rows as the products want it. "Across": (row group, column, kRowStride), rows interleaved; "along":
-// panels (panel, row, column). `span`: the keys that some row may see.
-struct RowBlock {
-  float *query_across, *grad_across, *query_along, *grad_along;
-  Row* row;
-  int64_t* span;
-};
-
-INLINE int64_t block_first(const Call& call, int64_t i) { return least(call.queries, i * kBackRows); }
-
-static RowBlock carve_rows(Scratch& scratch, const Call& call) {
-  RowBlock rows;
-  int64_t groups = row_groups_of(kBackRows);
-  rows.query_across = scratch.floats(groups * call.width * kRowStride);
-  rows.grad_across = scratch.floats(groups * call.value_width * kRowStride);
-  rows.query_along = scratch.floats(kBackRows * round_up(call.width, kPanel));
-  rows.grad_along = scratch.floats(kBackRows * round_up(call.value_width, kPanel));
-  rows.row = (Row*)scratch.indices(kBackRows * (int64_t)(sizeof(Row) / 8));
-  rows.span = scratch.indices(2);
-  return rows;
-}
-
-// Where a block of rows lies, and what the first share gives to a head's queries; the other shares follow.
-INLINE float* packed_rows(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head, int64_t i) {
-  return plan.packed + ((batch * call.heads + head - plan.first_head) * plan.blocks + i) * plan.packed_block;
-}
+// What the first share gives to a head's queries; the other shares follow.
 INLINE float* partial_of(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head) {
   return plan.partial + (batch * call.heads + head - plan.first_head) * plan.shares * plan.partial_head;
 }
 
-static void plan_backward(const Call& call, BackwardPlan& plan) {
-  Scratch count{nullptr};
-  carve_rows(count, call);
-  plan.packed_block = count.used;
-  plan.partial_head = round_up(call.queries * round_up(call.width, kLanes), 16);
-}
-
-template <typename T>
-static float dot(const T* a, const T* b, int64_t n) {
-  V sum = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
-  if (i < n) sum = fma(load_some(a + i, (int)(n - i)), load_some(b + i, (int)(n - i)), sum);
-  return sum_lanes(sum);
-}
-
-static void pack_across(Dtype dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
-                        int64_t columns, float scale, float* out) {
-  int64_t groups = row_groups_of(rows);
-  by_dtype(dtype, from.data, [&](auto* data) {
-    data += batch * from.batch + head * from.head + first * from.row;
-    for (int64_t g = 0; g < groups; ++g) {
-      int64_t begin = rows * g / groups, count = rows * (g + 1) / groups - begin;
-      pack_transposed([&](int64_t i) { return data + (begin + i) * from.row; }, count, columns, scale,
-                      out + g * columns * kRowStride, kRowStride, kRowStride);
-    }
-  });
-}
-
-static void pack_row_block(const Call& call, const BackwardPlan& plan, int64_t unit) {
-  int64_t i = unit % plan.blocks, head = unit / plan.blocks % call.heads, batch = unit / plan.blocks / call.heads;
-  int64_t first = block_first(call, i), count = block_first(call, i + 1) - first;
-  Scratch packed{packed_rows(call, plan, batch, head, i)};
-  RowBlock rows = carve_rows(packed, call);
-  rows.span[0] = call.keys, rows.span[1] = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    Row row = row_of(call, batch, head, first + r);
-    if (call.logsumexp[(batch * call.heads + head) * call.queries + first + r] == -kInfinity) row.start = row.stop = 0;
-    rows.row[r] = row;
-    if (row.start >= row.stop) continue;
-    rows.span[0] = least(rows.span[0], row.start), rows.span[1] = most(rows.span[1], row.stop);
-  }
-  const Strided &query = call.query, &grad = call.grad_output, &output = call.output;
-  pack_across(call.dtype, query, batch, head, first, count, call.width, call.scale, rows.query_across);
-  pack_across(call.dtype, grad, batch, head, first, count, call.value_width, 1.0f, rows.grad_across);
-  pack_as_rows(call.dtype, query, batch, head, first, count, call.width, call.scale, rows.query_along,
-               kBackRows * kPanel);
-  pack_as_rows(call.dtype, grad, batch, head, first, count, call.value_width, 1.0f, rows.grad_along,
-               kBackRows * kPanel);
-  by_dtype(call.dtype, grad.data, [&](auto* from) {
-    from += batch * grad.batch + head * grad.head;
-    auto* to = (decltype(from))output.data + batch * output.batch + head * output.head;
-    for (int64_t q = first; q < first + count; ++q)
-      call.row_sums[(batch * call.heads + head) * call.queries + q] =
-          dot(from + q * grad.row, to + q * output.row, call.value_width);
-  });
-}
-
+// A tile of keys with their gradients, and what rows make of it: weights and scores' gradients, (row, kBackStride).
+// "Across": as the products over rows take them, (step of rows, kBackStride); "along": as that over keys does, (row,
+// step of keys). Floats lie where they were made; what becomes pairs is made of one row group at a time.
+template <typename Number>
 struct BackScratch {
-  float *keys, *values, *keys_along;  // a tile: panels of keys, of the values' keys, of the keys' columns
-  float *grad_keys, *grad_values;     // (key, padded width)
-  float *weights, *grad_scores, *cap; // (row, kBackStride)
+  static constexpr bool kInPlace = kDeep<Number> == 1;
+  Number *keys, *values, *keys_along;  // panels of keys, of the values' keys, of the keys' columns
+  float *grad_keys, *grad_values;      // (key, padded width)
+  float *weights, *grad_scores, *cap;
+  Number *weights_across, *grads_across, *grads_along;
 };
 
-static BackScratch carve_back(Scratch& scratch, const Call& call) {
-  BackScratch own;
-  own.keys = scratch.floats(kBackTile * call.width);
-  own.values = scratch.floats(kBackTile * call.value_width);
-  own.keys_along = scratch.floats(kBackTile * round_up(call.width, kPanel));
+template <typename Number>
+static BackScratch<Number> carve_back(Scratch& scratch, const Call& call) {
+  BackScratch<Number> own;
+  int64_t lines = own.kInPlace ? kBackRows : kRows;
+  auto numbers = [&](int64_t n) { return (Number*)scratch.floats(n); };
+  own.keys = numbers(kBackTile * steps_of<Number>(call.width));
+  own.values = numbers(kBackTile * steps_of<Number>(call.value_width));
+  own.keys_along = numbers(kBackTile / kDeep<Number> * round_up(call.width, kPanel));
   own.grad_keys = scratch.floats(kBackTile * round_up(call.width, kLanes));
   own.grad_values = scratch.floats(kBackTile * padded_values(call));
-  own.weights = scratch.floats(kBackRows * kBackStride);
-  own.grad_scores = scratch.floats(kBackRows * kBackStride);
-  own.cap = scratch.floats(call.softcap > 0 ? kBackRows * kBackStride : 0);
+  own.weights = scratch.floats(lines * kBackStride);
+  own.grad_scores = scratch.floats(lines * kBackStride);
+  own.cap = scratch.floats(call.softcap > 0 ? kBackTile : 0);
+  own.weights_across = own.kInPlace ? (Number*)own.weights : numbers(kBackRows / 2 * kBackStride);
+  own.grads_across = own.kInPlace ? (Number*)own.grad_scores : numbers(kBackRows / 2 * kBackStride);
+  own.grads_along = own.kInPlace ? (Number*)own.grad_scores : numbers(kRows * kBackStride / 2);
   return own;
+}
+
+static void plan_backward(const Call& call, BackwardPlan& plan) {
+  by_number(call, [&](auto number) {
+    Scratch count{nullptr};
+    carve_rows<decltype(number)>(count, call);
+    plan.packed_block = count.used;
+  });
+  plan.partial_head = round_up(call.queries * round_up(call.width, kLanes), 16);
 }
 
 static int64_t backward_scratch(const Call& call) {
   Scratch count{nullptr};
-  carve_back(count, call);
+  by_number(call, [&](auto number) { carve_back<decltype(number)>(count, call); });
   return count.used;
 }
 
@@ -186,66 +123,155 @@ static void differentiate_row(const Call& call, int64_t batch, const Row& row, i
     for (int64_t k = left; k < right; k += kLanes) store(grads + k, mul(load(grads + k), load(cap + k)));
 }
 
-// One block of rows meets the tile of keys [first, first + count).
-static void differentiate_block(const Call& call, const BackwardPlan& plan, int64_t batch, int64_t head, int64_t i,
-                                int64_t first, int64_t count, float* partial, float* to_slope, BackScratch& own) {
-  int64_t query = block_first(call, i), rows = block_first(call, i + 1) - query;
-  int64_t groups = row_groups_of(rows), at = (batch * call.heads + head) * call.queries + query;
-  Scratch packed{packed_rows(call, plan, batch, head, i)};
-  RowBlock block = carve_rows(packed, call);
-  if (block.span[1] <= first || block.span[0] >= first + count) return;
-  int64_t wide = round_up(call.width, kLanes), whole = round_up(count, kPanel);
-  int64_t begin = kBackTile, end = 0, from = rows, to = 0;  // keys and rows that meet
-  for (int64_t g = 0; g < groups; ++g) {
-    int64_t top = rows * g / groups, height = rows * (g + 1) / groups - top, left = kBackTile, right = 0;
-    for (int64_t r = top; r < top + height; ++r) {
-      int64_t start = most(0, block.row[r].start - first), stop = least(count, block.row[r].stop - first);
-      if (start >= stop || (hides_keys(call) && !any_seen(call, batch, block.row[r], first, start, stop))) continue;
-      left = least(left, start), right = most(right, stop);
-    }
-    float* weights = own.weights + top * kBackStride;
-    float* grads = own.grad_scores + top * kBackStride;
-    int64_t begin_here = left, end_here = right;
-    if (left < right) {
-      begin = least(begin, left), end = most(end, right), from = least(from, top), to = top + height;
-      left = left / kPanel * kPanel, right = round_up(right, kPanel);
-      multiply_in_chains<1, kRowStride>(height, block.query_across + g * call.width * kRowStride,
-                                        own.keys + left * call.width, kPanel * call.width, call.width, weights + left,
-                                        kBackStride, right - left);
-      multiply_in_chains<1, kRowStride>(height, block.grad_across + g * call.value_width * kRowStride,
-                                        own.values + left * call.value_width, kPanel * call.value_width,
-                                        call.value_width, grads + left, kBackStride, right - left);
-    } else {
-      left = right = 0;
-    }
-    for (int64_t r = 0; r < height; ++r) {
-      float *line = weights + r * kBackStride, *grad = grads + r * kBackStride;
-      if (left < right)
-        differentiate_row(call, batch, block.row[top + r], first, left, right, call.logsumexp[at + top + r],
-                          call.row_sums[at + top + r], line, grad, own.cap + (top + r) * kBackStride, to_slope);
-      for (int64_t k = 0; k < left; ++k) line[k] = grad[k] = 0;
-      for (int64_t k = right; k < whole; ++k) line[k] = grad[k] = 0;
-    }
-    if (left < right)
-      multiply<kBackStride, 1, Into::sum>(height, grads + begin_here, own.keys_along + begin_here * kPanel,
-                                          kBackTile * kPanel, end_here - begin_here, partial + (query + top) * wide,
-                                          wide, wide);
+// A block of rows, queries [query, query + rows) of a head, meets the tile of keys [first, first + count).
+template <typename Number>
+struct Meeting {
+  const Call& call;
+  BackScratch<Number>& own;
+  int64_t batch, head, first, count;
+  int64_t query, rows;
+  RowBlock<Number> block;
+  float *partial, *to_slope;
+};
+
+// Keys and rows that meet.
+struct Met {
+  int64_t begin = kBackTile, end = 0, from = kBackRows, to = 0;
+};
+
+// By a row group.
+template <typename Number>
+static Met met_by(const Meeting<Number>& meeting, int64_t g) {
+  const Call& call = meeting.call;
+  Met met;
+  met.from = group_first<Number>(meeting.rows, g), met.to = group_first<Number>(meeting.rows, g + 1);
+  for (int64_t r = met.from; r < met.to; ++r) {
+    const Row& row = meeting.block.row[r];
+    int64_t start = most(0, row.start - meeting.first), stop = least(meeting.count, row.stop - meeting.first);
+    if (start >= stop) continue;
+    if (hides_keys(call) && !any_seen(call, meeting.batch, row, meeting.first, start, stop)) continue;
+    met.begin = least(met.begin, start), met.end = most(met.end, stop);
   }
-  if (begin >= end) return;
-  int64_t key_groups = row_groups_of(end - begin);
-  for (int64_t g = 0; g < key_groups; ++g) {
-    int64_t key = begin + (end - begin) * g / key_groups, height = begin + (end - begin) * (g + 1) / key_groups - key;
-    auto meets = [&](const Row& row) { return row.start < first + key + height && row.stop > first + key; };
-    int64_t top = from, bottom = to;  // the others would add zeros
+  return met;
+}
+
+// A row group times a tile's panels, over the width. Floats are scaled already where they have to be.
+INLINE void multiply_across(int64_t rows, const float* a, const float* panels, int64_t left, int64_t right,
+                            int64_t width, const float*, float* out) {
+  multiply_in_chains<1, kRowStride>(rows, a, panels + left * width, kPanel * width, width, out + left, kBackStride,
+                                    right - left);
+}
+
+// Rows [top, top + height) as the products want them: [left, right) stands there, zeros around it.
+static void lay_out(BackScratch<float>& own, int64_t top, int64_t height, int64_t left, int64_t right, int64_t whole) {
+  float* both[] = {own.weights, own.grad_scores};
+  for (float* lines : both)
+    for (int64_t r = top; r < top + height; ++r) {
+      clear(lines + r * kBackStride, left);
+      clear(lines + r * kBackStride + right, whole - right);
+    }
+}
+
+#if defined(SIGHTLINE_DOT)
+INLINE void multiply_across(int64_t rows, const Pair* a, const Pair* panels, int64_t left, int64_t right, int64_t width,
+                            const float* scale, float* out) {
+  int64_t steps = steps_of<Pair>(width);
+  auto* product = scale ? multiply<1, kRowStride, Into::times, Pair> : multiply<1, kRowStride, Into::nothing, Pair>;
+  product(rows, a, panels + left * steps, kPanel * steps, steps, out + left, kBackStride, right - left, scale);
+}
+
+// Both are rounded, as SDPA does. A pair whose second row is none has zeros in its place.
+static void lay_out(BackScratch<Pair>& own, int64_t top, int64_t height, int64_t left, int64_t right, int64_t whole) {
+  for (int64_t r = 0; r < height; r += 2) {
+    const float *weights = own.weights + r * kBackStride, *grads = own.grad_scores + r * kBackStride;
+    Pair* weights_across = own.weights_across + (top + r) / 2 * kBackStride;
+    Pair* grads_across = own.grads_across + (top + r) / 2 * kBackStride;
+    bfloat16* along = (bfloat16*)own.grads_along + r * kBackStride;
+    bool both = r + 1 < height;
+    auto rounded = [&](const float* row) { return round_two(load(row), both ? load(row + kBackStride) : zero()); };
+    for (int64_t k = left; k < right; k += kLanes) {
+      store_zipped(weights_across + k, rounded(weights + k));
+      Pairs rows = rounded(grads + k);
+      store_zipped(grads_across + k, rows);
+      store_rows(along + k, along + kBackStride + k, rows);
+    }
+    Pair* lines[] = {weights_across, grads_across};
+    for (Pair* line : lines) {
+      clear((float*)line, left);
+      clear((float*)line + right, whole - right);
+    }
+  }
+}
+#endif
+
+template <typename Number>
+static Met differentiate_group(const Meeting<Number>& meeting, int64_t g) {
+  const Call& call = meeting.call;
+  BackScratch<Number>& own = meeting.own;
+  const RowBlock<Number>& block = meeting.block;
+  Met met = met_by(meeting, g);
+  int64_t height = met.to - met.from, wide = round_up(call.width, kLanes), whole = round_up(meeting.count, kPanel);
+  if (met.begin >= met.end) {
+    lay_out(own, met.from, height, 0, 0, whole);
+    return met;
+  }
+  int64_t left = met.begin / kPanel * kPanel, right = round_up(met.end, kPanel);
+  int64_t line = (own.kInPlace ? met.from : 0) * kBackStride;
+  float *weights = own.weights + line, *grads = own.grad_scores + line;
+  multiply_across(height, block.query_across + g * steps_of<Number>(call.width) * kRowStride, own.keys, left, right,
+                  call.width, &call.scale, weights);
+  multiply_across(height, block.grad_across + g * steps_of<Number>(call.value_width) * kRowStride, own.values, left,
+                  right, call.value_width, nullptr, grads);
+  int64_t at = (meeting.batch * call.heads + meeting.head) * call.queries + meeting.query + met.from;
+  for (int64_t r = 0; r < height; ++r)
+    differentiate_row(call, meeting.batch, block.row[met.from + r], meeting.first, left, right, call.logsumexp[at + r],
+                      call.row_sums[at + r], weights + r * kBackStride, grads + r * kBackStride, own.cap,
+                      meeting.to_slope);
+  lay_out(own, met.from, height, left, right, whole);
+  int64_t begin = met.begin / kDeep<Number>;
+  multiply<kBackStride / kDeep<Number>, 1, Into::sum>(
+      height, own.grads_along + line + begin, own.keys_along + begin * kPanel, kBackTile / kDeep<Number> * kPanel,
+      steps_of<Number>(met.end) - begin, meeting.partial + (meeting.query + met.from) * wide, wide, wide);
+  return met;
+}
+
+// To the gradients of the keys and values that rows of the block met.
+template <typename Number>
+static void give_to_keys(const Meeting<Number>& meeting, const Met& met) {
+  const Call& call = meeting.call;
+  const BackScratch<Number>& own = meeting.own;
+  const RowBlock<Number>& block = meeting.block;
+  constexpr int64_t kBlockPanel = kBackRows / kDeep<Number> * kPanel;
+  int64_t keys = met.end - met.begin, groups = row_groups_of(keys);
+  int64_t wide = round_up(call.width, kLanes), values = padded_values(call);
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t key = met.begin + keys * g / groups, height = met.begin + keys * (g + 1) / groups - key;
+    int64_t first = meeting.first + key;
+    auto meets = [&](const Row& row) { return row.start < first + height && row.stop > first; };
+    int64_t top = met.from, bottom = met.to;  // the others would add zeros
     while (top < bottom && !meets(block.row[top])) ++top;
     while (top < bottom && !meets(block.row[bottom - 1])) --bottom;
-    multiply<1, kBackStride, Into::sum>(height, own.weights + top * kBackStride + key, block.grad_along + top * kPanel,
-                                        kBackRows * kPanel, bottom - top, own.grad_values + key * padded_values(call),
-                                        padded_values(call), padded_values(call));
-    multiply<1, kBackStride, Into::sum>(height, own.grad_scores + top * kBackStride + key,
-                                        block.query_along + top * kPanel, kBackRows * kPanel, bottom - top,
-                                        own.grad_keys + key * wide, wide, wide);
+    top /= kDeep<Number>;
+    int64_t steps = steps_of<Number>(bottom) - top, at = top * kBackStride + key;
+    multiply<1, kBackStride, Into::sum>(height, own.weights_across + at, block.grad_along + top * kPanel, kBlockPanel,
+                                        steps, own.grad_values + key * values, values, values);
+    multiply<1, kBackStride, Into::sum>(height, own.grads_across + at, block.query_along + top * kPanel, kBlockPanel,
+                                        steps, own.grad_keys + key * wide, wide, wide);
   }
+}
+
+template <typename Number>
+static void differentiate_block(const Meeting<Number>& meeting) {
+  const int64_t* span = meeting.block.span;
+  if (span[1] <= meeting.first || span[0] >= meeting.first + meeting.count) return;
+  Met all;
+  for (int64_t g = 0; g < row_groups_of(meeting.rows); ++g) {
+    Met met = differentiate_group(meeting, g);
+    if (met.begin >= met.end) continue;
+    all.begin = least(all.begin, met.begin), all.end = most(all.end, met.end);
+    all.from = least(all.from, met.from), all.to = met.to;
+  }
+  if (all.begin < all.end) give_to_keys(meeting, all);
 }
 
 // Rows of floats, `wide` apart, times `scale`, to a tensor's rows.
@@ -263,9 +289,10 @@ static void write_rows(Dtype dtype, const Strided& out, int64_t batch, int64_t h
   });
 }
 
-static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, float* at) {
+template <typename Number>
+static void differentiate_share(const Call& call, const BackwardPlan& plan, int64_t unit, float* at) {
   Scratch scratch{at};
-  BackScratch own = carve_back(scratch, call);
+  BackScratch<Number> own = carve_back<Number>(scratch, call);
   int64_t share = unit % plan.shares, group = unit / plan.shares % call.groups;
   int64_t batch = unit / plan.shares / call.groups, sharing = call.heads / call.groups;
   auto partial = [&](int64_t head) {
@@ -278,21 +305,32 @@ static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, f
     clear(partial(head), plan.partial_head);
     if (plan.slopes) *to_slope(head) = 0;
   }
+  int64_t wide = round_up(call.width, kLanes), values = padded_values(call);
   for (int64_t first = share * kBackTile; first < call.keys; first += plan.shares * kBackTile) {
-    int64_t count = least(kBackTile, call.keys - first), wide = round_up(call.width, kLanes);
-    pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, own.keys);
-    pack_as_columns(call.dtype, call.value, batch, group, first, count, call.value_width, own.values);
-    pack_as_rows(call.dtype, call.key, batch, group, first, count, call.width, 1.0f, own.keys_along,
-                 kBackTile * kPanel);
+    int64_t count = least(kBackTile, call.keys - first), packed = packed_keys(call, batch, first, kBackTile);
+    pack_as_columns(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys, kPanel);
+    pack_as_columns(call.dtype, call.value, batch, group, first, packed, call.value_width, 1.0f, own.values, kPanel);
+    pack_as_rows(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys_along,
+                 kBackTile / kDeep<Number> * kPanel);
     clear(own.grad_keys, count * wide);
-    clear(own.grad_values, count * padded_values(call));
+    clear(own.grad_values, count * values);
     for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
-      for (int64_t i = 0; i < plan.blocks; ++i)
-        differentiate_block(call, plan, batch, head, i, first, count, partial(head), to_slope(head), own);
-    write_rows(call.dtype, call.grad_key, batch, group, first, count, call.width, own.grad_keys, wide, 1.0f);
-    write_rows(call.dtype, call.grad_value, batch, group, first, count, call.value_width, own.grad_values,
-               padded_values(call), 1.0f);
+      for (int64_t i = 0; i < plan.blocks; ++i) {
+        int64_t query = block_first(call, i), rows = block_first(call, i + 1) - query;
+        differentiate_block(Meeting<Number>{call, own, batch, head, first, count, query, rows,
+                                            packed_rows<Number>(call, plan, batch, head, i), partial(head),
+                                            to_slope(head)});
+      }
+    // In pairs the queries were not scaled.
+    write_rows(call.dtype, call.grad_key, batch, group, first, count, call.width, own.grad_keys, wide,
+               in_pairs(call) ? call.scale : 1.0f);
+    write_rows(call.dtype, call.grad_value, batch, group, first, count, call.value_width, own.grad_values, values,
+               1.0f);
   }
+}
+
+static void backward(const Call& call, const BackwardPlan& plan, int64_t unit, float* at) {
+  by_number(call, [&](auto number) { differentiate_share<decltype(number)>(call, plan, unit, at); });
 }
 
 // The shares of the queries' gradient, added in order into the first.

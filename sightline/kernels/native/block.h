@@ -134,7 +134,7 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
                    first + seen.end, scores + seen.begin);
 #if defined(SIGHTLINE_DOT)
   if constexpr (kFrom == From::pairs) {
-    int64_t steps = (call.width + 1) / 2;
+    int64_t steps = steps_of<Pair>(call.width);
     multiply<1, kRowStride, Into::times>(count, (const Pair*)query_of(block, row_group),
                                          (const Pair*)keys + left * steps, kPanel * steps, steps, scores + left, kTile,
                                          right - left, &call.scale);

@@ -2,6 +2,7 @@
 // SIGHTLINE_ISA, its name. All of it has internal linkage and it includes no header of the standard library or of
 // torch: an inline function that two such files share would be kept once by the linker, in either's instructions.
 #include "backward.h"
+#include "forward.h"
 #include "passes.h"
 #include "rows.h"
 #include "window.h"

@@ -11,6 +11,12 @@ INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Steps of depth that n numbers take.
+template <typename Number>
+INLINE int64_t steps_of(int64_t n) {
+  return (n + kDeep<Number> - 1) / kDeep<Number>;
+}
+
 // No memory at all may be cleared of no floats.
 INLINE void clear(float* p, int64_t floats) {
   if (floats > 0) __builtin_memset(p, 0, sizeof(float) * (size_t)floats);
@@ -125,14 +131,14 @@ INLINE T* writable(const T* data) {
 INLINE int64_t key_floats(const Call& call) { return kTile * round_up(call.width, 2); }  // of one packed tile
 INLINE int64_t value_floats(const Call& call) { return kTile * round_up(call.value_width, kPanel); }
 
-// Rows [first, first + rows) of one head as panels of kPanel rows, (panel, column, row).
+// Rows [first, first + rows) of one head as panels of `panel` rows, (panel, column, row).
 static void pack_as_columns(Dtype dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
-                            int64_t columns, float* out) {
+                            int64_t columns, float scale, float* out, int64_t panel) {
   by_dtype(dtype, from.data, [&](auto* data) {
     data += batch * from.batch + head * from.head + first * from.row;
-    for (int64_t k = 0; k < rows; k += kPanel)
-      pack_transposed([&](int64_t i) { return data + (k + i) * from.row; }, least(kPanel, rows - k), columns, 1.0f,
-                      out + k * columns, kPanel, kPanel);
+    for (int64_t k = 0; k < rows; k += panel)
+      pack_transposed([&](int64_t i) { return data + (k + i) * from.row; }, least(panel, rows - k), columns, scale,
+                      out + k * columns, panel, panel);
   });
 }
 
@@ -164,22 +170,24 @@ static void pack_pairs_transposed(const RowAt& row, int64_t rows, int64_t width,
     }
 }
 
-static void pack_tile_in_pairs(const Call& call, int64_t batch, int64_t group, int64_t tile, Pair* keys,
-                               Pair* values) {
-  int64_t first = tile * kTile, count = least(kTile, call.keys - first), steps = (call.width + 1) / 2;
-  // A pair may reach one key beyond those that are seen: beyond the length there may be anything.
-  if (call.lengths) count = most(0, least(count, call.lengths[batch] - first));
-  const Strided &key = call.key, &value = call.value;
-  const bfloat16* from = (const bfloat16*)key.data + batch * key.batch + group * key.head + first * key.row;
-  for (int64_t k = 0; k < count; k += kPanel)
-    pack_pairs_transposed([&](int64_t i) { return from + (k + i) * key.row; }, least(kPanel, count - k), call.width,
-                          keys + k * steps, kPanel, kPanel);
-  from = (const bfloat16*)value.data + batch * value.batch + group * value.head + first * value.row;
-  for (int64_t j = 0; j < call.value_width; j += kLanes)
-    for (int64_t k = 0; k < count; k += 2) {
-      const bfloat16* row = from + k * value.row + j;
-      Pair* to = values + j / kPanel * (kTile / 2 * kPanel) + k / 2 * kPanel + j % kPanel;
-      store_zipped(to, row, k + 1 < count ? row + value.row : nullptr, call.value_width - j);
+// As for floats, of bf16 in pairs along the columns, not scaled.
+static void pack_as_columns(Dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
+                            int64_t columns, float, Pair* out, int64_t panel) {
+  const bfloat16* data = (const bfloat16*)from.data + batch * from.batch + head * from.head + first * from.row;
+  for (int64_t k = 0; k < rows; k += panel)
+    pack_pairs_transposed([&](int64_t i) { return data + (k + i) * from.row; }, least(panel, rows - k), columns,
+                          out + k * steps_of<Pair>(columns), panel, panel);
+}
+
+// As for floats, of bf16 in pairs along the rows, not scaled; columns up to whole vectors.
+static void pack_as_rows(Dtype, const Strided& from, int64_t batch, int64_t head, int64_t first, int64_t rows,
+                         int64_t columns, float, Pair* out, int64_t panel_pairs) {
+  const bfloat16* data = (const bfloat16*)from.data + batch * from.batch + head * from.head + first * from.row;
+  for (int64_t j = 0; j < columns; j += kLanes)
+    for (int64_t i = 0; i < rows; i += 2) {
+      const bfloat16* row = data + i * from.row + j;
+      Pair* to = out + j / kPanel * panel_pairs + i / 2 * kPanel + j % kPanel;
+      store_zipped(to, row, i + 1 < rows ? row + from.row : nullptr, columns - j);
     }
 }
 #else
@@ -188,14 +196,36 @@ constexpr bool kDot = false;
 
 INLINE bool in_pairs(const Call& call) { return kDot && call.dtype == Dtype::bfloat16; }
 
-// A tile of the forward: keys as panels of keys, values as panels of columns.
-static void pack_tile(const Call& call, int64_t batch, int64_t group, int64_t tile, float* keys, float* values) {
+// A function object called with a number of the kind that is multiplied.
+template <typename Work>
+INLINE void by_number(const Call& call, const Work& work) {
 #if defined(SIGHTLINE_DOT)
-  if (in_pairs(call)) return pack_tile_in_pairs(call, batch, group, tile, (Pair*)keys, (Pair*)values);
+  if (in_pairs(call)) return work(Pair{});
 #endif
-  int64_t first = tile * kTile, count = least(kTile, call.keys - first);
-  pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, keys);
-  pack_as_rows(call.dtype, call.value, batch, group, first, count, call.value_width, 1.0f, values, kTile * kPanel);
+  (void)call;
+  work(0.0f);
+}
+
+// How many of the keys [first, first + count) there are to be packed. A pair may reach one key beyond those that are
+// seen: beyond the length there may be anything.
+INLINE int64_t packed_keys(const Call& call, int64_t batch, int64_t first, int64_t count) {
+  count = least(count, call.keys - first);
+  return in_pairs(call) && call.lengths ? most(0, least(count, call.lengths[batch] - first)) : count;
+}
+
+// A tile of the forward: keys as panels of keys, values as panels of columns.
+template <typename Number>
+static void pack_tile_as(const Call& call, int64_t batch, int64_t group, int64_t tile, Number* keys, Number* values) {
+  int64_t first = tile * kTile, count = packed_keys(call, batch, first, kTile);
+  pack_as_columns(call.dtype, call.key, batch, group, first, count, call.width, 1.0f, keys, kPanel);
+  pack_as_rows(call.dtype, call.value, batch, group, first, count, call.value_width, 1.0f, values,
+               kTile / kDeep<Number> * kPanel);
+}
+
+static void pack_tile(const Call& call, int64_t batch, int64_t group, int64_t tile, float* keys, float* values) {
+  by_number(call, [&](auto number) {
+    pack_tile_as(call, batch, group, tile, (decltype(number)*)keys, (decltype(number)*)values);
+  });
 }
 
 }  // namespace

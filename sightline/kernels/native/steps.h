@@ -5,15 +5,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "instructions.h"
-#include "tensors.h"
-#include "threads.h"
+#include "plan.h"
 
 namespace sightline {
 
 namespace {
-
-void run_forward(const Call& call, bool seeing);  // attention.cpp
 
 bool plain(const Tensor& tensor, int64_t axes) {
   return tensor.is_cpu() && tensor.dim() == axes && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous();

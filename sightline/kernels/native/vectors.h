@@ -103,6 +103,27 @@ INLINE void store_zipped(Pair* p, const bfloat16* low, const bfloat16* high, int
   __m512i second = high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, high)) : _mm512_setzero_si512();
   _mm512_storeu_si512(p, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
+// Two rows of 16 floats, rounded: the first, and behind it the second.
+INLINE Pairs round_two(V first, V second) {
+#if defined(__AVX512BF16__)
+  return (Pairs)_mm512_cvtne2ps_pbh(second, first);
+#else
+  bfloat16 rows[32];
+  store(rows, first), store(rows + 16, second);
+  return _mm512_loadu_si512(rows);
+#endif
+}
+INLINE void store_rows(bfloat16* first, bfloat16* second, Pairs rows) {
+  _mm256_storeu_si256((__m256i*)first, _mm512_castsi512_si256(rows));
+  _mm256_storeu_si256((__m256i*)second, _mm512_extracti64x4_epi64(rows, 1));
+}
+// Of the two rows each number of the first beside that of the second.
+INLINE void store_zipped(Pair* p, Pairs rows) {
+  const __m512i order = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006,
+                                          0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d,
+                                          0x1e000e, 0x1f000f);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, rows));
+}
 #endif
 
 #elif defined(__AVX2__)
@@ -227,6 +248,11 @@ INLINE void store(bfloat16* p, V x) { for (int i = 0; i < 4; ++i) narrow(p + i, 
 INLINE void store(float16* p, V x) { for (int i = 0; i < 4; ++i) narrow(p + i, x[i]); }
 
 #endif
+
+template <typename Number>
+constexpr int64_t kDeep = 2;  // numbers in one step of depth: a Pair's
+template <>
+constexpr int64_t kDeep<float> = 1;
 
 constexpr int kPanel = 2 * kLanes;                                // columns that a microkernel computes at once
 constexpr int kRowStride = (kRows + kLanes - 1) / kLanes * kLanes;  // from one depth to the next of interleaved rows

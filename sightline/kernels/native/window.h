@@ -65,7 +65,7 @@ static void pool_window(const Call& call, int64_t unit, float* at) {
   for (int64_t tile = from; tile < to; ++tile) {
     int64_t first = tile * kTile;
     pack_as_columns(call.dtype, call.key, batch, head / (call.heads / call.groups), first,
-                    least(kTile, call.keys - first), call.width, keys);
+                    least(kTile, call.keys - first), call.width, 1.0f, keys, kPanel);
     for (int64_t g = 0; g < block.row_groups; ++g) {
       Columns seen = seen_columns(block, g, tile);
       if (seen.begin >= seen.end) continue;
