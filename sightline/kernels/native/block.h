@@ -162,8 +162,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
       if (call.top && largest > best[call.top - 1]) {
         float floor = best[call.top - 1] == -kInfinity ? floor_of(maxima, call.top) : -kInfinity;
         int32_t* keys_of_best = state.top_keys + (begin + r) * call.top;
-        if (call.top <= 8) keep_top<8>(line, left, right, first, floor, best, keys_of_best, call.top);
-        else if (call.top <= 16) keep_top<16>(line, left, right, first, floor, best, keys_of_best, call.top);
+        if (call.top <= 8) keep_top<8>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
+        else if (call.top <= 16) keep_top<16>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
         else keep_many(line, left, right, first, best, keys_of_best, call.top);
       }
     }

@@ -77,8 +77,8 @@ static float floor_of(const Maxima& maxima, int64_t top) {
 // are put in is found before, without branches, and in fours, of which -infinity changes nothing: a branch that
 // depends on numbers costs as much as several scores.
 template <int kMost>
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, float floor, float* best,
-                     int32_t* keys, int64_t top) {
+static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima&, float floor,
+                     float* best, int32_t* keys, int64_t top) {
   static_assert(kMost <= kLanes, "a list is one vector");
   const __m512i infinity = _mm512_castps_si512(splat(kInfinity));
   const __mmask16 listed = (__mmask16)((1u << top) - 1);
@@ -162,8 +162,8 @@ INLINE void copy_list(T* to, const T* from, int64_t top) {
 
 // As above, by the ranks.
 template <int kMost>
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, float floor, float* best,
-                     int32_t* keys, int64_t top) {
+static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima& maxima, float floor,
+                     float* best, int32_t* keys, int64_t top) {
   Largest<kMost> list;
   for (auto& room : list.room)
     for (int i = 0; i < 2 * kMost; i += kLanes) store(room + i, zero());
