@@ -665,6 +665,19 @@ def test_few_rows_read_keys_and_values_where_they_lie(dtype, queries, keys, widt
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("before", [0, 1, 6, 7, 40])
+def test_few_rows_meet_no_key_beside_their_window(dtype, before, instructions):
+    case = draw(queries=1, keys=301, width=16, value_width=48, dtype=dtype)
+    first = 300 - before
+    alone = native(Case(case.query, case.key[:, :, first:], case.value[:, :, first:]))
+    for tensor in (case.key, case.value):
+        tensor[:, :, :first] = torch.nan
+    exact = exactly(Case(case.query, case.key[:, :, first:], case.value[:, :, first:]), Mask())
+    output = native(case, Window(before=before, after=0))
+    assert_within_budget(output, exact, alone, most=2, mean=1.5)
+
+
 def test_seeing_carries_the_same_gradient_from_one_forward():
     case = [t.requires_grad_() for t in draw(queries=40, keys=300, dtype=torch.float32)]
     bias = torch.zeros(4, 40, 300)[None].requires_grad_()

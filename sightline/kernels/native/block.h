@@ -15,6 +15,7 @@ enum class From {
   packed,  // panels of floats
   pairs,   // panels of pairs of bf16
   rows,    // the tensors' own rows
+  rows_in_pairs,  // the same, of bf16, two numbers at a time
 };
 
 struct Block {
@@ -26,7 +27,7 @@ struct Block {
   Row* row;
   From from;
   float* query;  // (row group, width, kRowStride), scaled; in pairs (row group, width / 2, kRowStride), not scaled;
-                 // for rows (row, width), scaled
+                 // for rows (row, width), scaled; for rows in pairs the same of bf16, not scaled
   State state;
 };
 
@@ -36,7 +37,9 @@ INLINE int64_t tiles_of(const Call& call) { return (call.keys + kTile - 1) / kTi
 INLINE int64_t strip_tile(int64_t rows) { return row_groups_of(rows) * kRows * kTile; }  // floats
 
 static Block carve_block(Scratch& scratch, const Call& call, const Plan& plan, int64_t rows) {
-  From from = reads_directly(call) ? From::rows : in_pairs(call) ? From::pairs : From::packed;
+  From from = reads_directly(call) ? in_pairs(call) ? From::rows_in_pairs : From::rows
+              : in_pairs(call)     ? From::pairs
+                                   : From::packed;
   Block block{call, plan, 0, 0, 0, 0, 0, nullptr, from, nullptr, {}};
   block.row = (Row*)scratch.indices(rows * (int64_t)(sizeof(Row) / 8));
   block.query = scratch.floats(row_groups_of(rows) * round_up(call.width, 2) * kRowStride);
@@ -55,6 +58,13 @@ static void open_block(Block& block, int64_t batch, int64_t head, int64_t first,
   const Strided& query = call.query;
   by_dtype(call.dtype, query.data, [&](auto* data) {
     data += batch * query.batch;
+    if (block.from == From::rows_in_pairs) {
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_memcpy((bfloat16*)block.query + r * call.width,
+                         data + block.row[r].head * query.head + block.row[r].query * query.row,
+                         sizeof(bfloat16) * (size_t)call.width);
+      return;
+    }
     if (block.from == From::rows) {
       for (int64_t r = 0; r < rows; ++r) {
         const auto* from = data + block.row[r].head * query.head + block.row[r].query * query.row;
@@ -129,6 +139,11 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
   }
   int64_t left = seen.begin / kPanel * kPanel, right = round_up(seen.end, kPanel);
   int64_t group = block.head / (call.heads / call.groups);
+#if defined(SIGHTLINE_DOT)
+  if constexpr (kFrom == From::rows_in_pairs)
+    score_directly(call, block.batch, group, (const bfloat16*)block.query + begin * call.width, count,
+                   first + seen.begin, first + seen.end, scores + seen.begin);
+#endif
   if constexpr (kFrom == From::rows)
     score_directly(call, block.batch, group, block.query + begin * call.width, count, first + seen.begin,
                    first + seen.end, scores + seen.begin);
@@ -175,7 +190,7 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     shift = where_less(splat(-kInfinity), shift, shift, zero());  // nothing seen yet: -inf - -inf would be NaN
     store(factor + r, exp(sub(load(was + r), shift)));
   }
-  constexpr bool kPairs = kFrom == From::pairs;
+  constexpr bool kPairs = kFrom == From::pairs || kFrom == From::rows_in_pairs;
   bool kept = kSeeing ? used || first < call.sink_keys : call.dropped;  // exponentials are needed as floats too
   for (int64_t r = 0; r < count; ++r) {
     int64_t i = begin + r;
@@ -198,9 +213,12 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
   }
   float* sums = state.sums + begin * padded_values(call);
   if constexpr (kFrom == From::rows)
-    weigh_directly(call, block.batch, group, scores + seen.begin, count, first + seen.begin, first + seen.end, factor,
-                   sums, padded_values(call));
+    weigh_directly(call, block.batch, group, scores, count, first, first + seen.begin, first + seen.end, factor, sums,
+                   padded_values(call));
 #if defined(SIGHTLINE_DOT)
+  if constexpr (kFrom == From::rows_in_pairs)
+    weigh_directly(call, block.batch, group, rounded, count, first, first + seen.begin, first + seen.end, factor, sums,
+                   padded_values(call));
   if constexpr (kFrom == From::pairs)
     multiply<kTile / 2, 1, Into::scaled>(count, (const Pair*)rounded + left / 2,
                                          (const Pair*)values + left / 2 * kPanel, kTile / 2 * kPanel,
@@ -215,8 +233,11 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
 template <bool kSeeing>
 static auto* tile_function(From from) {
   if (from == From::rows) return attend_tile<kSeeing, From::rows>;
-  return from == From::pairs && kDot ? attend_tile<kSeeing, kDot ? From::pairs : From::packed>
-                                     : attend_tile<kSeeing, From::packed>;
+#if defined(SIGHTLINE_DOT)
+  if (from == From::rows_in_pairs) return attend_tile<kSeeing, From::rows_in_pairs>;
+  if (from == From::pairs) return attend_tile<kSeeing, From::pairs>;
+#endif
+  return attend_tile<kSeeing, From::packed>;
 }
 
 // The exponentials of a block, kept until their sums are known: of each tile (row group, kRows, kTile), and of each row
@@ -239,7 +260,7 @@ static void attend_all(Block& block, int64_t tile, float* memory, const Strip& s
   bfloat16* rounded = (bfloat16*)(memory + kRows * kTile);
   float* keys = memory + kRows * kTile * 3 / 2;
   float* values = keys + key_floats(call);
-  bool ready = plan.packed || block.from == From::rows;
+  bool ready = plan.packed || reads_directly(call);
   if (plan.packed) {
     keys = plan.packed + (call.groups * block.batch + group) * plan.packed_group +
            tile * (key_floats(call) + value_floats(call));

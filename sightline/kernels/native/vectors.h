@@ -103,6 +103,19 @@ INLINE void store_zipped(Pair* p, const bfloat16* low, const bfloat16* high, int
   __m512i second = high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, high)) : _mm512_setzero_si512();
   _mm512_storeu_si512(p, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
+// Up to 32 columns of two rows as pairs, 16 a vector; a row that is not there is zeros.
+template <int kVectors>
+INLINE void load_zipped(const bfloat16* low, const bfloat16* high, Pairs (&out)[kVectors]) {
+  const __m512i left = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006,
+                                         0x270007, 0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d,
+                                         0x2e000e, 0x2f000f);
+  const __mmask32 some = kVectors == 1 ? 0xffff : 0xffffffff;
+  __m512i first = _mm512_maskz_loadu_epi16(low ? some : 0, low);
+  __m512i second = _mm512_maskz_loadu_epi16(high ? some : 0, high);
+  out[0] = _mm512_permutex2var_epi16(first, left, second);
+  if constexpr (kVectors == 2)
+    out[1] = _mm512_permutex2var_epi16(first, _mm512_add_epi16(left, _mm512_set1_epi16(16)), second);
+}
 // Two rows of 16 floats, rounded: the first, and behind it the second.
 INLINE Pairs round_two(V first, V second) {
 #if defined(__AVX512BF16__)
