@@ -143,8 +143,8 @@ def observe(
     tensor([[0, 1, 2]])
     """
     for option, number in (("top", top), ("map_block", map_block), ("sink_keys", sink_keys)):
-        if number < 0:
-            raise ValueError(f"observe: {option} must be 0 or more, got {number}")
+        if number is None or number < 0:
+            raise ValueError(f"observe: {option} must be 0 or more, got {number}; 0 switches it off")
     call = _prepare("observe", query, key, value, mask, scale, softcap, sinks)
     with torch.no_grad():
         name = choose(

@@ -187,6 +187,7 @@ def test_nan_is_named(name, place):
     [
         ({"top": -1}, "top must be 0 or more, got -1"),
         ({"map_block": -2}, "map_block must be 0 or more, got -2"),
+        ({"map_block": None}, "map_block must be 0 or more, got None; 0 switches it off"),
         ({"implementation": "sdpa"}, "'sdpa' cannot observe"),
     ],
 )
