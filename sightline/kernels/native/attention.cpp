@@ -325,8 +325,11 @@ STABLE_TORCH_LIBRARY(sightline, library) {
   library.def("bend(Tensor x, int curve, bool gated) -> Tensor");
   library.def("bend_backward(Tensor grad, Tensor x, int curve, bool gated) -> Tensor");
   library.def("drop(Tensor x, float dropout, Tensor seed) -> Tensor");
-  library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
-  library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)");
+  library.def("join(Tensor x, Tensor added) -> Tensor");
+  library.def("row_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool centered, bool half) -> Tensor");
+  library.def(
+      "row_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, float epsilon, bool centered, "
+      "Tensor? beside) -> (Tensor, Tensor, Tensor)");
   library.def(
       "place(Tensor joined, int heads, int groups, int width, Tensor? query_norm, Tensor? key_norm, float epsilon, "
       "Tensor? cosine, Tensor? sine) -> Tensor");
@@ -348,8 +351,9 @@ STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("bend", TORCH_BOX(&sightline::bend));
   library.impl("bend_backward", TORCH_BOX(&sightline::bend_backward));
   library.impl("drop", TORCH_BOX(&sightline::drop));
-  library.impl("rms_norm", TORCH_BOX(&sightline::rms_norm));
-  library.impl("rms_norm_backward", TORCH_BOX(&sightline::rms_norm_backward));
+  library.impl("join", TORCH_BOX(&sightline::join));
+  library.impl("row_norm", TORCH_BOX(&sightline::row_norm));
+  library.impl("row_norm_backward", TORCH_BOX(&sightline::row_norm_backward));
   library.impl("place", TORCH_BOX(&sightline::place));
   library.impl("place_backward", TORCH_BOX(&sightline::place_backward));
 }
