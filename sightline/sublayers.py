@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -47,7 +46,7 @@ def fed(
 ) -> Tensor:
     """x + down(activation(ups(norm(x)))), the `ups` side by side; `dropout` falls on what is added."""
     seed = torch.randint(2**63 - 1, ()) if dropout else None
-    numbers = _numbers(norm), activation, dropout
+    numbers = _numbers(norm), passes.CURVES[activation][0], dropout
     return _Fed.apply(x, *_tensors(norm), down.weight, down.bias, seed, numbers, *_parameters(ups))  # pyright: ignore[reportReturnType]
 
 
@@ -55,13 +54,12 @@ class _Placed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias, *placing, ctx.norm, ctx.heads = arguments[:8]
-        weights, biases = _halves(arguments[8:])
-        dtype = _product_dtype(x)
-        normed = passes.normed(x, weight, bias, *ctx.norm, dtype)
-        joined_weight = _joined(weights, dtype)
-        joined = F.linear(normed, joined_weight, _joined_bias(weights, biases, dtype)).view(*x.shape[:-1], -1)
+        normed, joined_weight, joined = torch.ops.sightline.heads.default(
+            passes.rows_of(x), weight, bias, *ctx.norm, *arguments[8:], _halves()
+        )
+        joined = joined.view(*x.shape[:-1], -1)
         ctx.save_for_backward(x, weight, bias, normed, joined_weight, joined, *placing)
-        ctx.sizes = [len(one) for one in weights]
+        ctx.sizes = [len(one) for one in arguments[8::2]]
         ctx.set_materialize_grads(True)
         return passes.place(joined, placing, ctx.heads)
 
@@ -70,10 +68,14 @@ class _Placed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, normed, joined_weight, joined, *placing = ctx.saved_tensors
         by_joined, *by_norms = passes.place_backward(grads, joined, placing, ctx.heads)
-        by_joined = by_joined.flatten(0, 1)
-        by_norm = passes.normed_backward(by_joined @ joined_weight, x, weight, bias, *ctx.norm, None)
-        by_maps = _by_maps(ctx.needs_input_grad[9:], by_joined, normed, ctx.sizes)
-        return *by_norm, *by_norms, None, None, None, None, *by_maps
+        to_weights, to_biases = _wanted(ctx.needs_input_grad[9:])
+        by_x, by_weight, by_bias, by_weights, by_biases = torch.ops.sightline.heads_backward.default(
+            by_joined.flatten(0, 1), passes.rows_of(x), weight, bias, *ctx.norm, normed, joined_weight,
+            to_weights, to_biases,
+        )  # fmt: skip
+        by_maps = _by_maps(ctx.needs_input_grad[9:], by_weights, by_biases, ctx.sizes)
+        by_bias = None if bias is None else by_bias
+        return by_x.view_as(x), by_weight, by_bias, *by_norms, None, None, None, None, *by_maps
 
 
 class _Written(torch.autograd.Function):
@@ -81,49 +83,52 @@ class _Written(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, heads: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, dropout: float
     ) -> Tensor:
-        dtype = _product_dtype(x)
-        rows = passes.rows_of(heads.transpose(1, 2).flatten(-2)).to(dtype)
-        half = weight.to(dtype)
-        added = F.linear(rows, half, None if bias is None else bias.to(dtype))
-        ctx.save_for_backward(rows, half, seed)
+        rows = passes.rows_of(heads.transpose(1, 2).flatten(-2))
+        half = _halves()
+        rows = rows.to(torch.bfloat16 if half else x.dtype)
+        output, own = torch.ops.sightline.write.default(passes.rows_of(x), rows, weight, bias, dropout, seed, half)
+        ctx.save_for_backward(rows, own, seed)
         ctx.heads, ctx.dropout = (heads.shape, heads.dtype), dropout
-        return _added(x, added, dropout, seed)
+        return output.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, half, seed = ctx.saved_tensors
+        rows, own, seed = ctx.saved_tensors
         (batch, heads, tokens, _), dtype = ctx.heads
-        by_added = _by_added(grads[0], half.dtype, ctx.dropout, seed)
-        by_heads = (by_added @ half).view(batch, tokens, heads, -1).transpose(1, 2).to(dtype)
-        return grads[0], by_heads, *_by_maps(ctx.needs_input_grad[2:4], by_added, rows, [len(half)]), None, None
+        wanted = ctx.needs_input_grad[2:4]
+        by_rows, by_weight, by_bias = torch.ops.sightline.write_backward.default(
+            passes.rows_of(grads[0]), rows, own, ctx.dropout, seed, *wanted
+        )
+        by_heads = by_rows.view(batch, tokens, heads, -1).transpose(1, 2).to(dtype)
+        return grads[0], by_heads, *_by_maps(wanted, by_weight, by_bias, [len(own)]), None, None
 
 
 class _Fed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        weight, bias, down, down_bias, seed, (ctx.norm, ctx.activation, ctx.dropout) = arguments[:6]
-        weights, biases = _halves(arguments[6:])
-        dtype = _product_dtype(x)
-        up, down = _joined(weights, dtype), down.to(dtype)
-        normed = passes.normed(x, weight, bias, *ctx.norm, dtype)
-        bent = F.linear(normed, up, _joined_bias(weights, biases, dtype))
-        hidden = passes.bent(bent, ctx.activation)
-        added = F.linear(hidden, down, None if down_bias is None else down_bias.to(dtype))
-        ctx.save_for_backward(x, weight, bias, normed, up, bent, hidden, down, seed)
-        ctx.sizes = [len(one) for one in weights]
-        return _added(x, added, ctx.dropout, seed)
+        weight, bias, *down, seed, (ctx.norm, ctx.curve, ctx.dropout) = arguments[:6]
+        ups = (*arguments[6:], None, None)[:4]
+        output, *made = torch.ops.sightline.feed.default(
+            passes.rows_of(x), weight, bias, *ctx.norm, *ups, *down, ctx.curve, ctx.dropout, seed, _halves()
+        )
+        ctx.save_for_backward(x, weight, bias, seed, *made)
+        ctx.sizes = [len(one) for one in arguments[6::2]]
+        return output.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, normed, up, bent, hidden, down, seed = ctx.saved_tensors
-        by_added = _by_added(grads[0], down.dtype, ctx.dropout, seed)
-        by_bent = passes.bent_backward(by_added @ down, bent, ctx.activation)
-        by_norm = passes.normed_backward(by_bent @ up, x, weight, bias, *ctx.norm, grads[0])
-        by_down = _by_maps(ctx.needs_input_grad[3:5], by_added, hidden, [len(down)])
-        by_ups = _by_maps(ctx.needs_input_grad[7:], by_bent, normed, ctx.sizes)
-        return *by_norm, *by_down, None, None, *by_ups
+        x, weight, bias, seed, *made = ctx.saved_tensors
+        to_down, to_ups = ctx.needs_input_grad[3:5], ctx.needs_input_grad[7:]
+        by_x, by_weight, by_bias, *by_ups_and_down = torch.ops.sightline.feed_backward.default(
+            passes.rows_of(grads[0]), passes.rows_of(x), weight, bias, *ctx.norm, *made, ctx.curve, ctx.dropout, seed,
+            *_wanted(to_ups), *to_down,
+        )  # fmt: skip
+        by_ups = _by_maps(to_ups, *by_ups_and_down[:2], ctx.sizes)
+        by_down = _by_maps(to_down, *by_ups_and_down[2:], [x.shape[-1]])
+        by_bias = None if bias is None else by_bias
+        return by_x.view_as(x), by_weight, by_bias, *by_down, None, None, *by_ups
 
 
 def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -137,43 +142,28 @@ def _numbers(norm: nn.Module) -> tuple[float, bool]:
 
 
 def _parameters(maps: Sequence[nn.Linear]) -> list[Tensor | None]:
-    return [linear.weight for linear in maps] + [linear.bias for linear in maps]
+    return [parameter for linear in maps for parameter in (linear.weight, linear.bias)]
 
 
-def _halves(both: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    return both[: len(both) // 2], both[len(both) // 2 :]
+def _halves() -> bool:
+    """Whether products are in bfloat16."""
+    return torch.is_autocast_enabled("cpu")
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+def _wanted(maps: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether the gradient of any weight is wanted, and of any bias."""
+    return any(maps[::2]), any(maps[1::2])
 
 
-def _joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (weights[0] if len(weights) == 1 else torch.cat(list(weights))).to(dtype)
-
-
-def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    if all(bias is None for bias in biases):
-        return None
-    pairs = zip(weights, biases, strict=True)
-    return torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs]).to(dtype)
-
-
-def _added(x: Tensor, added: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    if dropout:
-        added = torch.ops.sightline.drop.default(added, dropout, seed)
-    return torch.ops.sightline.join.default(passes.rows_of(x), added).view_as(x)
-
-
-def _by_added(grad: Tensor, dtype: torch.dtype, dropout: float, seed: Tensor | None) -> Tensor:
-    grad = passes.rows_of(grad).to(dtype)
-    return torch.ops.sightline.drop.default(grad, dropout, seed) if dropout else grad
-
-
-def _by_maps(wanted: Sequence[bool], grad: Tensor, x: Tensor, sizes: list[int]) -> list[Tensor | None]:
-    """The gradients of maps side by side, of their weights and then of their biases, in float32."""
-    to_weights, to_biases = _halves(wanted)
-    by_weights = (grad.t() @ x).float().split(sizes) if any(to_weights) else sizes
-    by_biases = grad.sum(0, dtype=torch.float32).split(sizes) if any(to_biases) else sizes
-    pairs = zip((*by_weights, *by_biases), (*to_weights, *to_biases), strict=True)
-    return [by if want else None for by, want in pairs]  # pyright: ignore[reportReturnType]
+def _by_maps(wanted: Sequence[bool], weights: Tensor, biases: Tensor, sizes: list[int]) -> list[Tensor | None]:
+    """The gradients of maps side by side, each one's weight and bias."""
+    if len(sizes) == 1:
+        both = [weights, biases]
+    else:
+        to_weights, to_biases = _wanted(wanted)
+        each = zip(
+            *(grad.split(sizes) if want else sizes for grad, want in ((weights, to_weights), (biases, to_biases))),
+            strict=True,
+        )
+        both = [grad for pair in each for grad in pair]
+    return [grad if want else None for grad, want in zip(both, wanted, strict=True)]  # pyright: ignore[reportReturnType]

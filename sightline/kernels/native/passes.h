@@ -168,6 +168,16 @@ static void join(const float* x, Numbers added, int64_t count, float* out) {
   });
 }
 
+static void convert(Numbers from, int64_t count, Numbers to) {
+  by_type(from, [&](auto* type) {
+    auto* x = (decltype(type))from.data;
+    by_type(to, [&](auto* other) {
+      auto* out = (decltype(other))to.data;
+      for (int64_t j = 0; j < count; j += kLanes) store_most(out + j, load_most(x + j, count - j), count - j);
+    });
+  });
+}
+
 // ---- norms: y = x r weight, with r = 1 / sqrt(mean(x^2) + epsilon) ----
 
 template <typename X, typename Y>

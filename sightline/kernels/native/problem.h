@@ -165,7 +165,8 @@ struct Kernels {
   void (*bend)(Curve, Numbers x, Numbers up, int64_t count, Numbers out);
   void (*bend_back)(Curve, Numbers grad, Numbers x, Numbers up, int64_t count, Numbers to_x, Numbers to_up);
   void (*drop_rows)(const Dropping&, Numbers x, int64_t first, int64_t last, int64_t width, Numbers out);
-  void (*join)(const float* x, Numbers added, int64_t count, float* out);
+  void (*join)(const float* x, Numbers added, int64_t count, float* out);  // `out` may be x
+  void (*convert)(Numbers from, int64_t count, Numbers to);
   void (*norm_rows)(const Norm&, const float* x, int64_t rows, Numbers out);
   // The last two are added to.
   void (*norm_rows_back)(const Norm&, Numbers grad, const float* x, const float* beside, int64_t rows, float* out,
