@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.layers import Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
+from sightline.feed_forward import Activation, FeedForward
+from sightline.layers import Block, MultiHeadAttention, Norm, make_norm
 from sightline.losses import next_token_loss
 from sightline.masks import Mask, Padding
 from sightline.models import Positions

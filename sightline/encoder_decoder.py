@@ -20,7 +20,8 @@ from sightline.encoder import (
     make_feed_forward,
     make_rotary,
 )
-from sightline.layers import Block, FeedForward, MultiHeadAttention, make_norm
+from sightline.feed_forward import FeedForward
+from sightline.layers import Block, MultiHeadAttention, make_norm
 from sightline.losses import next_token_loss
 from sightline.masks import Causal, Mask, Padding
 from sightline.rows import linear_maps, scores
@@ -90,13 +91,12 @@ class DecoderBlock(Block):
         cache: TargetCache | None = None,
     ) -> Tensor:
         own = None if cache is None else cache.own
+        x = self._attend(x, mask, own)
         if self.norm_first:
-            x = x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=own))
             x = x + self._drop(self._cross(self.cross_attention_norm(x), memory, memory_mask, cache))
-            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=own)))
-        x = self.cross_attention_norm(x + self._drop(self._cross(x, memory, memory_mask, cache)))
-        return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+        else:
+            x = self.cross_attention_norm(x + self._drop(self._cross(x, memory, memory_mask, cache)))
+        return self._feed(x)
 
     def _cross(self, x: Tensor, memory: Tensor, mask: Mask | None, cache: TargetCache | None) -> Tensor:
         # Several targets of one source are several queries to its keys: nothing of the source is repeated.

@@ -7,20 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline import passes
+from sightline import passes, sublayers
 from sightline.attention import attention, observe
 from sightline.cache import Cache
+from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
-from sightline.rows import RMSNorm, joined_map, kernel_maps, linear_maps, plain
+from sightline.rows import RMSNorm, joined_map, kernel_maps, linear_maps, plain, unhooked
 from sightline.shapes import ShapeError, shaped
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
 
 EPSILON: dict[Norm, float] = {"rms": 1e-6, "layer": 1e-5}
 """What a norm adds to the variance, unless told otherwise."""
@@ -187,6 +186,20 @@ class MultiHeadAttention(nn.Module):
             key, value = cache.append(self.layer, key, value)
         return self._attend(query, key, value, mask, return_weights=return_weights)
 
+    def added(self, x: Tensor, norm: nn.Module, mask: Mask | Tensor | None, dropout: float) -> Tensor | None:
+        """x + the output of norm(x), as a training step has it; None where the modules must be called.
+
+        `dropout` falls on what is added.
+        """
+        maps = (self.query, self.key, self.value)
+        if self.observer is not None or not self._joins() or not plain(self.output):
+            return None
+        if not sublayers.served(x, norm, *[linear.weight for linear in (*maps, self.output)]):
+            return None
+        query, key, value = sublayers.placed(x, norm, maps, self._heads(x))
+        heads = attention(query, key, value, self._mask(mask), dropout=self.dropout)
+        return sublayers.written(x, heads, self.output, dropout)
+
     def _step(self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, cache: Cache) -> Tensor | None:
         """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none."""
         if not cache.length or (self.training and self.dropout) or isinstance(mask, Tensor):
@@ -240,12 +253,8 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys (batch heads tokens width), normed and turned, and values; of the last two groups."""
         maps = (self.query, self.key, self.value)
-        alone = context is None and cache is None and self.training
-        alone = alone and plain(*maps, self.query_norm, self.key_norm, self.rotary)
-        # Of maps whose widths do not belong together attention says so.
-        fits = alone and self.query.out_features * self.num_groups == self.key.out_features * self.num_heads
-        if fits and passes.served(x, self.query.weight):
-            return self._place(joined_map(x, *maps))
+        if context is None and cache is None and self._joins() and passes.served(x, self.query.weight):
+            return passes.placed(joined_map(x, *maps), self._heads(x))
         if context is None:
             query, key, value = self._each(x, *maps)
         else:
@@ -258,17 +267,23 @@ class MultiHeadAttention(nn.Module):
             query, key = self.rotary(query, start), self.rotary(key, start)
         return query, key, value
 
-    def _place(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by the native kernel."""
+    def _joins(self) -> bool:
+        """Whether the maps may be joined, none of the modules called."""
+        if not self.training or not plain(self.query, self.key, self.value):
+            return False
+        # Of maps whose widths do not belong together attention says so.
+        fits = self.query.out_features * self.num_groups == self.key.out_features * self.num_heads
+        return fits and plain(self.query_norm, self.key_norm, self.rotary)
+
+    def _heads(self, x: Tensor) -> passes.Heads:
         norms = (self.query_norm, self.key_norm)
-        return passes.placed(
-            joined,
+        return passes.Heads(
             heads=self.num_heads,
             groups=self.num_groups,
             width=self.query.out_features // self.num_heads,
             norms=(None if norms[0] is None else norms[0].weight, None if norms[1] is None else norms[1].weight),
             epsilon=self.norm_epsilon,
-            tables=None if self.rotary is None else self.rotary.tables(joined.shape[1], joined),
+            tables=None if self.rotary is None else self.rotary.tables(x.shape[1], x),
         )
 
     def _each(self, x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
@@ -297,42 +312,6 @@ class MultiHeadAttention(nn.Module):
                 linear.weight.chunk(parts)[part].uniform_(-bound, bound)
                 if linear.bias is not None:
                     linear.bias.chunk(parts)[part].uniform_(-bound, bound)
-
-
-class FeedForward(nn.Module):
-    """The same two-layer network on every token.
-
-        relu, gelu: W_down f(W_up x)          swiglu: W_down (silu(W_gate x) * W_up x)
-
-    gelu_tanh is the approximation that GPT-2 was trained with.
-
-    Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for swiglu.
-
-    >>> FeedForward(d_model=8, d_ff=32)(torch.ones(1, 2, 8)).shape
-    torch.Size([1, 2, 8])
-    """
-
-    def __init__(self, d_model: int, d_ff: int, *, activation: Activation = "swiglu", bias: bool = False) -> None:
-        super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
-        self.up = nn.Linear(d_model, d_ff, bias=bias)
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": passes.gelu_tanh, "relu": F.relu}[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = () if self.gate is None else (self.gate,)
-        if self.activation in (F.silu, F.relu) and (maps := kernel_maps(x, self.up, self.down, *gate)) is not None:
-            return cpu.feed_forward(x, *maps)
-        if self.gate is None:
-            (up,) = linear_maps(x, self.up)
-            hidden = passes.activated(self.activation, up)
-        elif self.training and plain(self.gate, self.up):
-            hidden = passes.activated(passes.gated_silu, joined_map(x, self.gate, self.up))
-        else:
-            gate, up = linear_maps(x, self.gate, self.up)
-            hidden = self.activation(gate) * up
-        (output,) = linear_maps(hidden, self.down)
-        return output
 
 
 class Block(nn.Module):
@@ -367,11 +346,29 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, mask: Mask | None = None, *, cache: Cache | None = None) -> Tensor:
-        if self.norm_first:
-            x = x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=cache))
-            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
-        return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+        return self._feed(self._attend(x, mask, cache))
+
+    def _attend(self, x: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
+        if not self.norm_first:
+            return self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
+        if cache is None and self._steps(self.attention, MultiHeadAttention):
+            added = self.attention.added(x, self.attention_norm, mask, self.dropout)
+            if added is not None:
+                return added
+        return x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=cache))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if not self.norm_first:
+            return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+        if self._steps(self.feed_forward, FeedForward):
+            added = self.feed_forward.added(x, self.feed_forward_norm, self.dropout)
+            if added is not None:
+                return added
+        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _steps(self, sublayer: nn.Module, ours: type[nn.Module]) -> bool:
+        """Whether a training step may do without calling the sublayer."""
+        return self.training and sublayer.training and type(sublayer) is ours and unhooked(sublayer)
 
     def _drop(self, x: Tensor) -> Tensor:
         return passes.dropped(x, self.dropout) if self.training else x

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sightline import passes
 from sightline.cache import Cache
 from sightline.counts import Counts
-from sightline.layers import EPSILON, Activation, Block, FeedForward, MultiHeadAttention, Norm, make_norm
+from sightline.feed_forward import Activation, FeedForward
+from sightline.layers import EPSILON, Block, MultiHeadAttention, Norm, make_norm
 from sightline.losses import next_token_loss
 from sightline.mixture import Mixture
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal

@@ -1,12 +1,12 @@
 """What stands between the matrix products of a training step, each in one pass over memory forward and one backward.
 
-Activations, dropout, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32, where a
-gradient is wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
+Activations, dropout, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32 or bfloat16,
+where a gradient is wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,9 @@ def gated_silu(joined: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
 # The kernel's number of an activation, and whether it joins two halves.
-_CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
+CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
     gated_silu: (0, True),
     F.gelu: (1, False),
     gelu_tanh: (2, False),
@@ -40,19 +41,24 @@ _CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
 
 
 def served(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the native kernel serves: x in float32 on a CPU, with a gradient, and nobody traces or transforms."""
-    if cpu.MISSING or type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+    """Whether the native kernel serves: x on a CPU, with a gradient, and nobody traces or transforms.
+
+    x in float32 or bfloat16, as autocast has it, weights in float32; not under autocast to anything else.
+    """
+    if cpu.MISSING or type(x) is not Tensor or x.dtype not in _DTYPES or x.device.type != "cpu" or not x.numel():
         return False
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *weights)):
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
     return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
 
 
 def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), an activation."""
-    return _Activated.apply(x, function) if function in _CURVES and served(x) else function(x)  # pyright: ignore[reportReturnType]
+    return _Activated.apply(x, function) if function in CURVES and served(x) else function(x)  # pyright: ignore[reportReturnType]
 
 
 def dropped(x: Tensor, dropout: float) -> Tensor:
@@ -71,27 +77,37 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     >>> rms_norm(torch.tensor([[1.0, 7.0]]), torch.ones(2), 0.0).tolist()
     [[0.20000000298023224, 1.399999976158142]]
     """
-    if served(x, weight):
+    if x.dtype == torch.float32 and served(x, weight):
         return _Normed.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
     return _by_library(x, weight, epsilon)
 
 
-def placed(
-    joined: Tensor,
-    *,
-    heads: int,
-    groups: int,
-    width: int,
-    norms: tuple[Tensor | None, Tensor | None],
-    epsilon: float,
-    tables: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (batch heads tokens width) of their joined map (batch tokens columns).
+class Heads(NamedTuple):
+    """How a row of a map joined of three falls into queries, keys and values.
 
     Queries and keys are normed over the width of a head, if there are norms, and turned by `Rotary`'s tables, if there
-    are any. Where `served` says so.
+    are any.
     """
-    return _Placed.apply(joined, *norms, *(tables or (None, None)), heads, groups, width, epsilon)  # pyright: ignore[reportReturnType]
+
+    heads: int
+    groups: int
+    width: int
+    norms: tuple[Tensor | None, Tensor | None]
+    epsilon: float
+    tables: tuple[Tensor, Tensor] | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd must be shown: both norms, both tables."""
+        return *self.norms, *(self.tables or (None, None))
+
+
+def placed(joined: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (batch heads tokens width) of their joined map (batch tokens columns).
+
+    Where `served` says so.
+    """
+    return _Placed.apply(joined, *heads.tensors, heads)  # pyright: ignore[reportReturnType]
 
 
 class _Activated(torch.autograd.Function):
@@ -99,15 +115,14 @@ class _Activated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function = function
-        result = torch.ops.sightline.bend.default(_rows(x), *_CURVES[function])
-        return result.view(*x.shape[:-1], -1)
+        return bent(rows_of(x), function).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
         if torch.is_grad_enabled():
             return *_by_definition(ctx.function, grad, x), None
-        return torch.ops.sightline.bend_backward.default(_rows(grad), _rows(x), *_CURVES[ctx.function]).view_as(x), None
+        return bent_backward(rows_of(grad), rows_of(x), ctx.function).view_as(x), None
 
 
 class _Dropped(torch.autograd.Function):
@@ -115,7 +130,7 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: float, seed: Tensor) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.dropout = dropout
-        return torch.ops.sightline.drop.default(_rows(x), dropout, seed).view_as(x)
+        return torch.ops.sightline.drop.default(rows_of(x), dropout, seed).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +142,7 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
-        return torch.ops.sightline.rms_norm.default(_rows(x), weight, epsilon).view_as(x)
+        return normed(x, weight, None, epsilon, False, x.dtype).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,40 +150,95 @@ class _Normed(torch.autograd.Function):
         if torch.is_grad_enabled():
             definition = functools.partial(_by_library, epsilon=ctx.epsilon)
             return *_by_definition(definition, grad, x, weight), None
-        by_x, by_weight = torch.ops.sightline.rms_norm_backward.default(_rows(grad), _rows(x), weight, ctx.epsilon)
-        return by_x.view_as(x), by_weight, None
+        by_x, by_weight, _ = normed_backward(rows_of(grad), x, weight, None, ctx.epsilon, False, None)
+        return by_x, by_weight, None
 
 
 class _Placed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joined: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, heads, groups, width, epsilon = arguments
+        *tensors, ctx.heads = arguments
         ctx.save_for_backward(joined, *tensors)
-        ctx.numbers = heads, groups, width, epsilon
         ctx.set_materialize_grads(True)
-        of_both = (heads + groups) * width
-        both = joined[..., :of_both].unflatten(-1, (-1, width))
-        if any(tensor is not None for tensor in tensors):
-            both = torch.ops.sightline.place.default(*_placing(joined, tensors, ctx.numbers))
-        value = joined[..., of_both:].unflatten(-1, (groups, -1))
-        return both[:, :, :heads].transpose(1, 2), both[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
+        return place(joined, tensors, ctx.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined, *tensors = ctx.saved_tensors
-        by_joined, *by_norms = torch.ops.sightline.place_backward.default(
-            *(grad.transpose(1, 2).contiguous() for grad in grads), *_placing(joined, tensors, ctx.numbers)
-        )
-        by_norms = (None if norm is None else grad for norm, grad in zip(tensors[:2], by_norms, strict=True))
-        return by_joined, *by_norms, None, None, None, None, None, None
+        return *place_backward(grads, joined, tensors, ctx.heads), None, None, None
 
 
-def _placing(joined: Tensor, tensors: list[Tensor | None], numbers: tuple[int, int, int, float]) -> tuple[Any, ...]:
+# --- The same without autograd, for who has a gradient of a larger step ---------------------------------
+
+
+def bent(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The activation of rows that are contiguous."""
+    return torch.ops.sightline.bend.default(x, *CURVES[function])
+
+
+def bent_backward(grad: Tensor, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Its gradient."""
+    return torch.ops.sightline.bend_backward.default(grad, x, *CURVES[function])
+
+
+def normed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, dtype: torch.dtype
+) -> Tensor:
+    """RMSNorm of x (... width) in float32, or LayerNorm (`centered`): its rows, in float32 or bfloat16."""
+    half = dtype == torch.bfloat16
+    return torch.ops.sightline.row_norm.default(rows_of(x), weight, bias, epsilon, centered, half)
+
+
+def normed_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    centered: bool,
+    beside: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of x, with `beside` added, of the weight and of the bias."""
+    beside = None if beside is None else rows_of(beside)
+    by_x, by_weight, by_bias = torch.ops.sightline.row_norm_backward.default(
+        grad, rows_of(x), weight, bias, epsilon, centered, beside
+    )
+    return by_x.view_as(x), by_weight, None if bias is None else by_bias
+
+
+def place(joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """What `placed` gives; `tensors` are those of the heads."""
+    of_both = (heads.heads + heads.groups) * heads.width
+    both = joined[..., :of_both].unflatten(-1, (-1, heads.width))
+    if any(tensor is not None for tensor in tensors):
+        both = torch.ops.sightline.place.default(*_placing(joined, tensors, heads))
+    value = joined[..., of_both:].unflatten(-1, (heads.groups, -1))
+    return both[:, :, : heads.heads].transpose(1, 2), both[:, :, heads.heads :].transpose(1, 2), value.transpose(1, 2)
+
+
+def place_backward(
+    grads: Sequence[Tensor], joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the joined map and of both norms."""
+    by_joined, *by_norms = torch.ops.sightline.place_backward.default(
+        *(grad.transpose(1, 2).contiguous() for grad in grads), *_placing(joined, tensors, heads)
+    )
+    by_query_norm, by_key_norm = (
+        None if norm is None else grad for norm, grad in zip(tensors[:2], by_norms, strict=True)
+    )
+    return by_joined, by_query_norm, by_key_norm
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (... width) as (rows width), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _placing(joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads) -> tuple[Any, ...]:
     """The arguments of both operators, as they take them."""
     query_norm, key_norm, cosine, sine = tensors
-    heads, groups, width, epsilon = numbers
-    return joined, heads, groups, width, query_norm, key_norm, epsilon, cosine, sine
+    return joined, heads.heads, heads.groups, heads.width, query_norm, key_norm, heads.epsilon, cosine, sine
 
 
 def _by_definition(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
@@ -181,7 +251,3 @@ def _by_definition(function: Callable[..., Tensor], grad: Tensor, *inputs: Tenso
 
 def _by_library(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, epsilon)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()

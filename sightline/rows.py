@@ -65,11 +65,11 @@ def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[cpu.Map] | None:
 
 def plain(*modules: nn.Module | None) -> bool:
     """No module of another kind in the place of ours, and none with a hook, which would have to be called."""
-    for module in modules:
-        if module is None:
-            continue
-        if type(module) not in _OURS or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if module._backward_hooks or module._backward_pre_hooks:
-            return False
-    return True
+    return all(module is None or (type(module) in _OURS and unhooked(module)) for module in modules)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """No hook that would have to be called."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not (module._backward_hooks or module._backward_pre_hooks)

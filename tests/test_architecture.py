@@ -62,6 +62,8 @@ ROWS = [
     {"huggingface.families"},
     {"models"},
     {"layers", "mixture"},
+    {"feed_forward"},
+    {"sublayers"},
     {"rows"},
     {"passes"},
     {"cache", "positions", "losses", "counts", "huggingface.interface"},

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sightline import passes
+from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu
-from sightline.layers import Block, FeedForward, MultiHeadAttention
+from sightline.layers import Block, MultiHeadAttention
 from sightline.models import Decoder, DecoderConfig
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm
@@ -44,7 +45,19 @@ def assert_as_accurate(ours, definition, *inputs):
         assert (tried - true).abs().max() <= budget
 
 
-def test_the_judge_sees_a_wrong_gradient():
+def assert_as_accurate_in_bfloat16(ours, definition, *inputs):
+    """Within 1.5 times the largest error that the definition has in bfloat16, and 1.1 times the mean error."""
+    inputs = [tensor.bfloat16() for tensor in inputs]
+    sides = [with_gradients(function, *inputs, dtype=torch.bfloat16) for function in (ours, definition)]
+    exact = with_gradients(definition, *inputs, dtype=torch.float64)
+    for tried, known, true in zip(*sides, exact, strict=True):
+        assert tried.dtype == torch.bfloat16 and tried.shape == true.shape
+        errors, allowed = (tried - true).abs(), (known - true).abs()
+        assert errors.max() <= 1.5 * allowed.max() + 1e-6 and errors.mean() <= 1.1 * allowed.mean() + 1e-6
+
+
+@pytest.mark.parametrize("judge", [assert_as_accurate, assert_as_accurate_in_bfloat16])
+def test_the_judges_see_a_wrong_gradient_and_a_rough_output(judge):
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -55,7 +68,9 @@ def test_the_judge_sees_a_wrong_gradient():
             return grad
 
     with pytest.raises(AssertionError):
-        assert_as_accurate(Wrong.apply, F.silu, drawn(4, 4))
+        judge(Wrong.apply, F.silu, drawn(4, 4))
+    with pytest.raises(AssertionError):
+        judge(lambda x: F.silu(x) * 1.01, F.silu, drawn(40, 40))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,6 +79,28 @@ def test_an_activation_is_its_definition(function, shape, instructions):
     x = 3 * drawn(*shape)
     assert passes.served(x.requires_grad_())
     assert_as_accurate(lambda x: passes.activated(function, x), function, x)
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:])
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_an_activation_in_bfloat16_is_its_definition(function, shape, instructions):
+    x = 3 * drawn(*shape)
+    assert passes.served(x.bfloat16().requires_grad_())
+    assert_as_accurate_in_bfloat16(lambda x: passes.activated(function, x), function, x)
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS[:2])
+def test_all_of_bfloat16_is_activated(function, instructions):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    x = x[(x.abs() < 1e9) & (x.abs() > 1e-30)].requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    output, true = passes.activated(function, x), function(exact)
+    output.sum().backward()
+    true.sum().backward()
+    assert x.grad is not None and exact.grad is not None
+    # Half of the last bit, and an eighth; far out where next to nothing is left a little more of that.
+    assert ((output - true).abs() <= (2**-8 + 2**-11) * true.abs() + 1e-5).all()
+    assert ((x.grad - exact.grad).abs() <= (2**-8 + 2**-11) * exact.grad.abs() + 1e-3).all()
 
 
 @pytest.mark.parametrize("function", ACTIVATIONS[:2])
@@ -146,7 +183,7 @@ def test_a_map_of_another_width_is_refused_as_ever():
         layer(drawn(1, 5, 8))
 
 
-def test_it_serves_float32_with_a_gradient_alone():
+def test_it_serves_where_a_gradient_is_wanted():
     x = drawn(3, 4)
     assert not passes.served(x)
     x.requires_grad_()
@@ -154,8 +191,10 @@ def test_it_serves_float32_with_a_gradient_alone():
     with torch.no_grad():
         assert not passes.served(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert passes.served(x) and passes.served(x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not passes.served(x)
-    assert not passes.served(x.double()) and not passes.served(x.bfloat16()) and not passes.served(x[:0])
+    assert not passes.served(x.double()) and not passes.served(x.half()) and not passes.served(x[:0])
     assert not passes.served(x, drawn(4, 3).T) and passes.served(drawn(3, 4), drawn(4).requires_grad_())
     norm = RMSNorm(4)
     directional = torch.func.vmap(torch.func.grad(lambda row: norm(row).sum()))(x.detach())
@@ -194,7 +233,7 @@ def test_a_step_has_the_same_bits_with_any_number_of_threads():
             assert isinstance(block, Block)
             normed = block.attention_norm(x)
             hidden = passes.activated(passes.gated_silu, torch.cat((normed, x), dim=-1))
-            placed = block.attention._place(torch.cat((x, normed, x), dim=-1))
+            placed = passes.placed(torch.cat((x, normed, x), dim=-1), block.attention._heads(x))
             (hidden.sin().sum() + torch.stack([part.cos().sum() for part in placed]).sum()).backward()
             steps.append([x.grad, *(weight.grad for weight in block.parameters() if weight.grad is not None)])
     finally:
@@ -225,8 +264,14 @@ def test_the_operators_refuse_what_does_not_belong_together():
         lambda: operators.bend(x.double(), 0, False),
         lambda: operators.drop(x, 1.0, torch.tensor(1)),
         lambda: operators.drop(x, 0.5, torch.tensor(1.0)),
-        lambda: operators.rms_norm(x, drawn(5), 1e-6),
-        lambda: operators.rms_norm_backward(drawn(3, 6), x, drawn(6), 1e-6),
+        lambda: operators.bend(x.half(), 0, False),
+        lambda: operators.bend_backward(x.bfloat16(), x, 0, False),
+        lambda: operators.join(x, drawn(4, 5)),
+        lambda: operators.join(x.bfloat16(), x),
+        lambda: operators.row_norm(x, drawn(5), None, 1e-6, False, False),
+        lambda: operators.row_norm(x, drawn(6), drawn(6), 1e-6, False, False),
+        lambda: operators.row_norm_backward(drawn(3, 6), x, drawn(6), None, 1e-6, False, None),
+        lambda: operators.row_norm_backward(x, x, drawn(6), None, 1e-6, False, drawn(4, 5)),
         lambda: operators.place(joined, 2, 2, 12, None, None, 1e-6, None, None),
         lambda: operators.place(joined, 2, 1, 6, drawn(5), drawn(6), 1e-6, None, None),
         lambda: operators.place(joined, 2, 1, 6, None, None, 1e-6, drawn(3, 6), drawn(3, 6)),

@@ -9,9 +9,10 @@ from torch import nn
 
 from sightline.cache import Cache
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from sightline.feed_forward import FeedForward
 from sightline.generation import SampleConfig, sample_tokens
 from sightline.kernels import cpu
-from sightline.layers import FeedForward, MultiHeadAttention
+from sightline.layers import MultiHeadAttention
 from sightline.masks import Causal, Padding
 from sightline.models import Decoder, DecoderConfig
 from sightline.positions import Rotary

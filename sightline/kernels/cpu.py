@@ -3,7 +3,8 @@
 The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is these torch operators:
 `sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`,
 and, for few rows, `sightline::project` (linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
-What a training step takes between its products (`bend`, `drop`, `rms_norm`, `place`) is called by `sightline.passes`.
+What a training step takes between its products (`bend`, `drop`, `join`, `row_norm`, `place`) is called by
+`sightline.passes`, and with the products (`heads`, `write`, `feed`) by `sightline.sublayers`.
 (Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
@@ -19,7 +20,10 @@ from torch.autograd.function import once_differentiable
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPERATORS = ("forward", "backward", "observe", "pool", "project", "norm", "feed_forward", "attend", "place", "drop")
+OPERATORS = (
+    "forward", "backward", "observe", "pool", "project", "norm", "feed_forward", "attend", "place", "drop", "row_norm",
+    "heads", "write", "feed",
+)  # fmt: skip
 FEW_ROWS = 8
 """So many rows of a linear map read its weights faster here than in a matrix product by the library."""
 NEWEST_ARGUMENT = "segments"

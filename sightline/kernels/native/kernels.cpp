@@ -48,7 +48,7 @@ const Kernels NAME(SIGHTLINE_ISA) = {
     scratch_floats,      pack,           attend,         merge,            gather,         window_units,
     window_scratch,      pool_window,    kBackRows,      kBackTile,        plan_backward,  backward_scratch,
     pack_row_block,      backward,       gather_queries, project,          norm_row,
-    turn_row,            activate,       bend,           bend_back,      drop_rows,     norm_rows,
-    norm_rows_back,      place_heads,    place_heads_back, probe,
+    turn_row,            activate,       bend,           bend_back,        drop_rows,      join,
+    convert,             norm_rows,      norm_rows_back, place_heads,      place_heads_back, probe,
 };
 }  // namespace sightline

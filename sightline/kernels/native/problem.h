@@ -111,6 +111,23 @@ struct Dropping {
   float kept;
 };
 
+// Numbers between products: float32, or bfloat16 where the products are.
+struct Numbers {
+  void* data;
+  Dtype dtype;
+  Numbers at(int64_t index) const {
+    return {(char*)data + index * (dtype == Dtype::float32 ? 4 : 2), dtype};
+  }
+};
+
+// A norm over the width of a row; `centered`: the row's mean is subtracted first.
+struct Norm {
+  const float *weight, *bias;  // (width), or null
+  float epsilon;
+  bool centered;
+  int64_t width;
+};
+
 // Heads that lie side by side in a row, and the norm over the width of each, if there is one.
 struct HeadRow {
   int64_t count, width;
@@ -145,15 +162,18 @@ struct Kernels {
   void (*norm_row)(const float* x, const float* weight, float epsilon, int64_t width, float* out);
   void (*turn_row)(float* x, const float* cosine, const float* sine, int64_t width);
   void (*activate)(const float* gate, float* up, int64_t count);
-  void (*bend)(Curve, const float* x, const float* up, int64_t count, float* out);
-  void (*bend_back)(Curve, const float* grad, const float* x, const float* up, int64_t count, float* to_x, float* to_up);
-  void (*drop_rows)(const Dropping&, const float* x, int64_t first, int64_t last, int64_t width, float* out);
-  void (*norm_rows)(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* out);
-  void (*norm_rows_back)(const float* grad, const float* x, const float* weight, float epsilon, int64_t rows,
-                         int64_t width, float* out, float* to_weight);  // the latter is added to
-  void (*place_heads)(const HeadRow&, const float* x, const float* cosine, const float* sine, float* out);
-  void (*place_heads_back)(const HeadRow&, const float* grad, const float* x, const float* cosine, const float* sine,
-                           float* out, float* to_norm);
+  void (*bend)(Curve, Numbers x, Numbers up, int64_t count, Numbers out);
+  void (*bend_back)(Curve, Numbers grad, Numbers x, Numbers up, int64_t count, Numbers to_x, Numbers to_up);
+  void (*drop_rows)(const Dropping&, Numbers x, int64_t first, int64_t last, int64_t width, Numbers out);
+  void (*join)(const float* x, Numbers added, int64_t count, float* out);  // `out` may be x
+  void (*convert)(Numbers from, int64_t count, Numbers to);
+  void (*norm_rows)(const Norm&, const float* x, int64_t rows, Numbers out);
+  // The last two are added to.
+  void (*norm_rows_back)(const Norm&, Numbers grad, const float* x, const float* beside, int64_t rows, float* out,
+                         float* to_weight, float* to_bias);
+  void (*place_heads)(const HeadRow&, Numbers x, const float* cosine, const float* sine, Numbers out);
+  void (*place_heads_back)(const HeadRow&, Numbers grad, Numbers x, const float* cosine, const float* sine, Numbers out,
+                           float* to_norm, float* scratch);
   // Independent multiply-adds and nothing else, for the benchmark's ceilings: of floats, or by the bf16 dot product (0
   // without one). How many there were.
   int64_t (*probe)(int64_t rounds, bool dot, float* out);

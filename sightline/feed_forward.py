@@ -1,0 +1,62 @@
+"""The feed-forward network of a block."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sightline import passes, sublayers
+from sightline.kernels import cpu
+from sightline.rows import joined_map, kernel_maps, linear_maps, plain
+
+Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
+
+
+class FeedForward(nn.Module):
+    """The same two-layer network on every token.
+
+        relu, gelu: W_down f(W_up x)          swiglu: W_down (silu(W_gate x) * W_up x)
+
+    gelu_tanh is the approximation that GPT-2 was trained with.
+
+    Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for swiglu.
+
+    >>> FeedForward(d_model=8, d_ff=32)(torch.ones(1, 2, 8)).shape
+    torch.Size([1, 2, 8])
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: Activation = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+        self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": passes.gelu_tanh, "relu": F.relu}[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = () if self.gate is None else (self.gate,)
+        if self.activation in (F.silu, F.relu) and (maps := kernel_maps(x, self.up, self.down, *gate)) is not None:
+            return cpu.feed_forward(x, *maps)
+        if self.gate is None:
+            (up,) = linear_maps(x, self.up)
+            hidden = passes.activated(self.activation, up)
+        elif self.training and plain(self.gate, self.up):
+            hidden = passes.activated(passes.gated_silu, joined_map(x, self.gate, self.up))
+        else:
+            gate, up = linear_maps(x, self.gate, self.up)
+            hidden = self.activation(gate) * up
+        (output,) = linear_maps(hidden, self.down)
+        return output
+
+    def added(self, x: Tensor, norm: nn.Module, dropout: float) -> Tensor | None:
+        """x + the network's of norm(x), as a training step has it; None where the modules must be called.
+
+        `dropout` falls on what is added.
+        """
+        ups = (self.up,) if self.gate is None else (self.gate, self.up)
+        activation = self.activation if self.gate is None else passes.gated_silu
+        gated = self.gate is None or self.activation is F.silu
+        if not gated or activation not in passes.CURVES or not plain(*ups, self.down):
+            return None
+        if not sublayers.served(x, norm, *[linear.weight for linear in (*ups, self.down)]):
+            return None
+        return sublayers.fed(x, norm, ups, activation, self.down, dropout)

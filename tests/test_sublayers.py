@@ -1,0 +1,142 @@
+"""A training step of a block: what its modules would give, in float32 and under autocast, where nobody has a say."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sightline import passes, sublayers
+from sightline.feed_forward import FeedForward
+from sightline.kernels import cpu
+from sightline.layers import Block, MultiHeadAttention
+from sightline.masks import Padding
+from sightline.positions import Rotary
+
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "modern": {"norm": "rms", "attention": {"rotary": Rotary(8), "query_key_norm": True, "num_groups": 2}},
+    "gpt2": {"norm": "layer", "activation": "gelu", "bias": True},
+    "tanh": {"norm": "layer", "activation": "gelu_tanh", "attention": {"d_v": 16, "query_key_norm": True}},
+}
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_block(*, norm="rms", activation="swiglu", bias=False, dropout=0.0, attention=None) -> Block:
+    torch.manual_seed(0)
+    heads = MultiHeadAttention(32, 4, causal=True, bias=bias, dropout=dropout, **(attention or {}))
+    network = FeedForward(32, 72, activation=activation, bias=bias)
+    block = Block(heads, network, d_model=32, norm=norm, bias=bias, dropout=dropout)
+    for name, parameter in block.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return block
+
+
+def step(block: Block, x: torch.Tensor, *, half: bool, **call) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of the parameters."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        torch.manual_seed(1)  # what dropout drops
+        output = block(x, **call)
+    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    return [output, *torch.autograd.grad(output, [x, *parameters], drawn(*output.shape, seed=9).to(output.dtype))]
+
+
+def by_modules(monkeypatch, *arguments, by=sublayers, **options):
+    """The same by the modules, which take the native kernel's passes, or (`by` passes) the library's operators."""
+    with monkeypatch.context() as patch:
+        patch.setattr(by, "served", lambda *_: False)
+        return step(*arguments, **options)
+
+
+def assert_as_accurate(tried, known, true, *, largest: float, mean: float):
+    for ours, theirs, exact in zip(tried, known, true, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == exact.shape
+        errors, allowed = (ours - exact).abs(), (theirs - exact).abs()
+        slack = 5e-7 * exact.abs().max().clamp_min(1)
+        assert errors.max() <= largest * allowed.max() + slack
+        if exact.numel() > 500:  # of fewer, chance has its say
+            assert errors.mean() <= mean * allowed.mean() + slack
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_is_that_of_the_modules(name, half, instructions, monkeypatch):
+    block, x = make_block(**SETTINGS[name]), drawn(3, 45, 32)
+    exact = step(copy.deepcopy(block).double(), x.double(), half=False)
+    known = by_modules(monkeypatch, block, x, half=half, by=passes)
+    calls = []
+    for function in ("placed", "written", "fed"):
+        ours = getattr(sublayers, function)
+        monkeypatch.setattr(sublayers, function, lambda *a, f=ours, n=function: calls.append(n) or f(*a))
+    tried = step(block, x, half=half)
+    assert calls == ["placed", "written", "fed"]
+    assert all(tensor.dtype == torch.float32 for tensor in tried)
+    assert_as_accurate(tried, known, exact, largest=1.5 if half else 2, mean=1.1 if half else 2)
+
+
+def test_the_judge_sees_a_rough_gradient(monkeypatch):
+    block, x = make_block(**SETTINGS["modern"]), drawn(3, 45, 32)
+    exact = step(copy.deepcopy(block).double(), x.double(), half=False)
+    known = by_modules(monkeypatch, block, x, half=True, by=passes)
+    for index, tensor in enumerate(known):
+        if tensor.numel() <= 500:
+            continue
+        tried = [1.01 * tensor if i == index else tensor for i, tensor in enumerate(known)]
+        with pytest.raises(AssertionError):
+            assert_as_accurate(tried, known, exact, largest=1.5, mean=1.1)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_dropout_drops_what_the_modules_would(half, monkeypatch):
+    block, x = make_block(dropout=0.3, **SETTINGS["modern"]), drawn(3, 45, 32)
+    tolerance = {"rtol": 0.05, "atol": 0.05} if half else {"rtol": 1e-4, "atol": 2e-5}
+    pairs = zip(step(block, x, half=half), by_modules(monkeypatch, block, x, half=half), strict=True)
+    for tried, known in pairs:
+        torch.testing.assert_close(tried, known, **tolerance)
+
+
+def test_a_mask_is_the_modules_too(monkeypatch):
+    block, x, mask = make_block(), drawn(3, 45, 32), Padding(torch.tensor([45, 3, 20]))
+    sides = step(block, x, half=False, mask=mask), by_modules(monkeypatch, block, x, half=False, mask=mask)
+    for tried, known in zip(*sides, strict=True):
+        torch.testing.assert_close(tried, known, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["", "attention", "attention.query", "attention.output", "feed_forward.down"])
+def test_frozen_weights_stay_without_a_gradient(name):
+    block, x = make_block(**SETTINGS["gpt2"]), drawn(2, 9, 32)
+    whole = step(block, x, half=False)
+    frozen = set(block.get_submodule(name).parameters())
+    kept = [grad for grad, each in zip(whole[2:], block.parameters(), strict=True) if each not in frozen]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for tried, known in zip(step(block, x, half=False), [*whole[:2], *kept], strict=True):
+        torch.testing.assert_close(tried, known)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in make_block(**SETTINGS["modern"]).named_modules() if name])
+def test_a_hook_is_called(name):
+    seen, block = [], make_block(**SETTINGS["modern"])
+    block.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    step(block, drawn(1, 5, 32), half=True)
+    assert set(seen) == {name}
+
+
+def test_another_module_in_the_place_of_ours_is_called():
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, x = make_block(), drawn(1, 5, 32)
+    block.feed_forward.down = Louder(72, 32, bias=False)
+    louder = step(block, x, half=False)[0]
+    block.feed_forward.down.weight.data.mul_(2)
+    block.feed_forward.down.__class__ = nn.Linear
+    torch.testing.assert_close(louder, step(block, x, half=False)[0])
