@@ -196,7 +196,7 @@ class MultiHeadAttention(nn.Module):
             return None
         if not sublayers.served(x, norm, *[linear.weight for linear in (*maps, self.output)]):
             return None
-        query, key, value = sublayers.placed(x, norm, maps, self._heads(x))
+        x, query, key, value = sublayers.placed(x, norm, maps, self._heads(x))
         heads = attention(query, key, value, self._mask(mask), dropout=self.dropout)
         return sublayers.written(x, heads, self.output, dropout)
 

@@ -25,8 +25,11 @@ def served(x: Tensor, norm: nn.Module, *weights: Tensor) -> bool:
     return passes.served(x, norm.weight, *weights)  # pyright: ignore[reportArgumentType]
 
 
-def placed(x: Tensor, norm: nn.Module, maps: Sequence[nn.Linear], heads: passes.Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (batch heads tokens width) of norm(x), x (batch tokens d_model)."""
+def placed(x: Tensor, norm: nn.Module, maps: Sequence[nn.Linear], heads: passes.Heads) -> tuple[Tensor, ...]:
+    """x (batch tokens d_model) as it goes on, and queries, keys and values (batch heads tokens width) of norm(x).
+
+    Who goes on with that x has its gradient added to the norm's as that is made.
+    """
     return _Placed.apply(x, *_tensors(norm), *heads.tensors, _numbers(norm), heads, *_parameters(maps))  # pyright: ignore[reportReturnType]
 
 
@@ -52,7 +55,7 @@ def fed(
 
 class _Placed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         weight, bias, *placing, ctx.norm, ctx.heads = arguments[:8]
         normed, joined_weight, joined = torch.ops.sightline.heads.default(
             passes.rows_of(x), weight, bias, *ctx.norm, *arguments[8:], _halves()
@@ -61,17 +64,17 @@ class _Placed(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, normed, joined_weight, joined, *placing)
         ctx.sizes = [len(one) for one in arguments[8::2]]
         ctx.set_materialize_grads(True)
-        return passes.place(joined, placing, ctx.heads)
+        return x.view_as(x), *passes.place(joined, placing, ctx.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, normed, joined_weight, joined, *placing = ctx.saved_tensors
-        by_joined, *by_norms = passes.place_backward(grads, joined, placing, ctx.heads)
+        by_joined, *by_norms = passes.place_backward(grads[1:], joined, placing, ctx.heads)
         to_weights, to_biases = _wanted(ctx.needs_input_grad[9:])
         by_x, by_weight, by_bias, by_weights, by_biases = torch.ops.sightline.heads_backward.default(
             by_joined.flatten(0, 1), passes.rows_of(x), weight, bias, *ctx.norm, normed, joined_weight,
-            to_weights, to_biases,
+            passes.rows_of(grads[0]), to_weights, to_biases,
         )  # fmt: skip
         by_maps = _by_maps(ctx.needs_input_grad[9:], by_weights, by_biases, ctx.sizes)
         by_bias = None if bias is None else by_bias

@@ -162,7 +162,7 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "Tensor key, Tensor? key_bias, Tensor value, Tensor? value_bias, bool half) -> (Tensor, Tensor, Tensor)");
   library.def(
       "heads_backward(Tensor grad, Tensor x, Tensor norm, Tensor? norm_bias, float epsilon, bool centered, "
-      "Tensor normed, Tensor weight, bool to_weights, bool to_biases) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor normed, Tensor weight, Tensor beside, bool to_weights, bool to_biases) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "write(Tensor x, Tensor rows, Tensor weight, Tensor? bias, float dropout, Tensor? seed, bool half) -> "
       "(Tensor, Tensor)");

@@ -43,7 +43,7 @@ void convert(const Tensor& from, const Tensor& to, int64_t start) {
   int64_t width = from.size(from.dim() - 1), rows = width ? from.numel() / width : 0;
   Numbers source = of(from), target = of(to).at(start);
   const Kernels& kernels = *chosen.load();
-  Blocks(rows).share(width, 1, [&](int64_t, int64_t first, int64_t last, float*) {
+  Blocks(rows).share(width, 8, [&](int64_t, int64_t first, int64_t last, float*) {
     kernels.convert(source.at(first * width), (last - first) * width, target.at(first * width));
   });
 }
@@ -98,7 +98,7 @@ Tensor by_biases(const Tensor& grad, bool wanted) {
   Sums sums(blocks, width);
   Numbers from = of(grad);
   const Kernels& kernels = *chosen.load();
-  blocks.share(width, 1, [&](int64_t index, int64_t first, int64_t last, float*) {
+  blocks.share(width, 4, [&](int64_t index, int64_t first, int64_t last, float*) {
     for (int64_t row = first; row < last; ++row) kernels.join(sums.of(index), from.at(row * width), width, sums.of(index));
   });
   return sums.total();
@@ -132,14 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> heads(const Tensor& x, const Tensor& norm, co
   return {normed, weight, mapped(normed, weight, maps.bias(half))};
 }
 
-// From the gradient of the joined map: of x, of the norm's weight and bias, of the maps' weights and biases.
+// From the gradient of the joined map: of x, with `beside` added, of the norm's weight and bias, of the maps' weights and biases.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(const Tensor& grad, const Tensor& x,
                                                                   const Tensor& norm, const Maybe& norm_bias,
                                                                   double epsilon, bool centered, const Tensor& normed,
-                                                                  const Tensor& weight, bool to_weights,
-                                                                  bool to_biases) {
+                                                                  const Tensor& weight, const Tensor& beside,
+                                                                  bool to_weights, bool to_biases) {
   auto [by_x, by_norm, by_norm_bias] =
-      row_norm_backward(times(grad, weight), x, norm, norm_bias, epsilon, centered, {});
+      row_norm_backward(times(grad, weight), x, norm, norm_bias, epsilon, centered, beside);
   return {by_x, by_norm, by_norm_bias, by_weights(grad, normed, to_weights), by_biases(grad, to_biases)};
 }
 

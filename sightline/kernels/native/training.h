@@ -133,7 +133,7 @@ Tensor join(const Tensor& x, const Tensor& added) {
   int64_t width = x.size(1);
   Tensor out = empty({x.size(0), width});
   const Kernels& kernels = *chosen.load();
-  Blocks(x.size(0)).share(width, 2, [&](int64_t, int64_t first, int64_t last, float*) {
+  Blocks(x.size(0)).share(width, 6, [&](int64_t, int64_t first, int64_t last, float*) {
     kernels.join(floats(x) + first * width, of(added).at(first * width), (last - first) * width,
                  floats(out) + first * width);
   });
@@ -155,7 +155,7 @@ Tensor row_norm(const Tensor& x, const Tensor& weight, const Maybe& bias, double
   Norm norm = norm_of(x, weight, bias, epsilon, centered);
   Tensor out = empty({x.size(0), norm.width}, half ? ScalarType::BFloat16 : ScalarType::Float);
   const Kernels& kernels = *chosen.load();
-  Blocks(x.size(0)).share(norm.width, 4, [&](int64_t, int64_t first, int64_t last, float*) {
+  Blocks(x.size(0)).share(norm.width, 8, [&](int64_t, int64_t first, int64_t last, float*) {
     kernels.norm_rows(norm, floats(x) + first * norm.width, last - first, of(out).at(first * norm.width));
   });
   return out;
