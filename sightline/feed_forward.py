@@ -21,6 +21,7 @@ class FeedForward(nn.Module):
 
     Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 for swiglu.
 
+    >>> import torch
     >>> FeedForward(d_model=8, d_ff=32)(torch.ones(1, 2, 8)).shape
     torch.Size([1, 2, 8])
     """

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     `torch.optim.Muon` is the same rule, one matrix at a time and in bfloat16 on every machine, which a CPU without
     bfloat16 products emulates: 17 times slower than matrices of one shape together in float32. Of a matrix that is
-    shared out (FSDP2) every process gathers the momentum and does the same rounds on it.
+    shared out (FSDP2) every process gathers the momentum and does the same rounds on it. `dtype` is that of the rounds.
 
     Source: Jordan et al. 2024.
 
@@ -74,8 +74,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.ndim != 2:
                 raise ValueError(f"Muon: expected matrices, got a parameter of shape {tuple(parameter.shape)}")
@@ -103,9 +105,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
             ahead.append(matrix.grad.lerp(state["momentum_buffer"], momentum))
         together = torch.stack([whole(each) for each in ahead])
-        if has_bfloat16(together.device):
-            together = together.bfloat16()
-        moves = orthogonalized(together).to(matrices[0].dtype)
+        moves = orthogonalized(together.to(self.dtype)).to(matrices[0].dtype)
         rows, columns = matrices[0].shape
         for matrix, move in zip(matrices, moves, strict=True):
             matrix.mul_(1 - lr * group["weight_decay"])
@@ -152,8 +152,10 @@ class Optimizers:
         self.each: list[torch.optim.Optimizer] = [adamw]
         if matrices:
             group = {"params": matrices, "share": config.matrix_rate / config.learning_rate}
+            half = config.precision != "float32" and has_bfloat16(matrices[0].device)
+            dtype = torch.bfloat16 if half else torch.float32
             momentum, decay = config.momentum, config.weight_decay
-            self.each.append(Muon([group], lr=config.matrix_rate, momentum=momentum, weight_decay=decay))
+            self.each.append(Muon([group], lr=config.matrix_rate, momentum=momentum, weight_decay=decay, dtype=dtype))
 
     def zero_grad(self) -> None:
         """Forgets all gradients."""

@@ -31,7 +31,21 @@ from sightline.training import Interrupted, fit
 
 SHAPE = ("--d-model", 16, "--num-layers", 2, "--num-heads", 2, "--context", 16, "--tokenizer", "characters")
 # Without dropout, whose masks follow the number of processes.
-RUN = (*SHAPE, "--dropout", 0, "--steps", 60, "--batch", 6, "--evaluate-every", 15, "--evaluate-batches", 5)
+RUN = (
+    *SHAPE,
+    "--precision",
+    "float32",
+    "--dropout",
+    0,
+    "--steps",
+    60,
+    "--batch",
+    6,
+    "--evaluate-every",
+    15,
+    "--evaluate-batches",
+    5,
+)
 TEXT = "".join(f"line {i}: the cat sat on the mat, and the dog ran after the {'cdm'[i % 3]}at.\n" for i in range(200))
 
 
@@ -107,7 +121,7 @@ def test_an_evaluation_is_the_sum_of_its_shares(size, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_accumulating_is_the_same_step(tmp_path, optimizer):
-    config = TrainConfig(steps=12, batch=7, evaluate_every=6, optimizer=optimizer)
+    config = TrainConfig(steps=12, batch=7, evaluate_every=6, optimizer=optimizer, precision="float32")
     fit(decoder(), DATA, tmp_path / "whole", config)
     for accumulate in (3, 7):
         out = tmp_path / str(accumulate)
@@ -125,7 +139,7 @@ def test_a_batch_that_is_too_small_is_refused(tmp_path):
 
 
 def test_a_run_may_go_on_with_other_micro_batches(tmp_path):
-    config = TrainConfig(steps=8, batch=6, evaluate_every=4)
+    config = TrainConfig(steps=8, batch=6, evaluate_every=4, precision="float32")
     fit(decoder(), DATA, tmp_path / "straight", config)
 
     def stop(event):

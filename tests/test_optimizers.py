@@ -58,10 +58,11 @@ def steps_of(make, matrices: list[torch.Tensor], count: int = 4) -> list[torch.T
     return [weight.detach() for weight in weights]
 
 
-def test_muon_is_its_definition():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
+def test_muon_is_its_definition(dtype, tolerance):
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5)]  # some alike, tall and wide
     matrices = [torch.randn(*shape) for shape in shapes]
-    moved = steps_of(lambda weights: Muon(weights, lr=0.1, momentum=0.9, weight_decay=0.5), matrices)
+    moved = steps_of(lambda weights: Muon(weights, lr=0.1, momentum=0.9, weight_decay=0.5, dtype=dtype), matrices)
     generator = torch.Generator().manual_seed(1)
     expected, buffers = [matrix.double() for matrix in matrices], [torch.zeros(shape).double() for shape in shapes]
     for _ in range(4):
@@ -71,7 +72,7 @@ def test_muon_is_its_definition():
             move = math.sqrt(max(1, shape[0] / shape[1])) * definition(0.9 * buffers[i] + 0.1 * gradient)
             expected[i] = expected[i] - 0.1 * (0.5 * expected[i] + move)
     for one, other in zip(moved, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
 def test_muon_is_that_of_torch_but_for_bfloat16():

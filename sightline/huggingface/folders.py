@@ -3,6 +3,7 @@
 A name of the hub is fetched, because it was named. No code of a model's folder is run, and no pickle is opened.
 """
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -178,14 +179,16 @@ class Foreign:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         read, cache, count = ids, None, len(ids)
+        # transformers 5.24 calls it `cache`.
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         while count <= self.context and (config.tokens is None or count - len(ids) < config.tokens):
             with torch.no_grad():
-                output = self.model(torch.tensor([read]), past_key_values=cache, use_cache=True)
+                output = self.model(torch.tensor([read]), use_cache=True, **{name: cache})
             token = draw(output.logits[0, -1], config, generator)
             if token in ends:
                 return
             yield token
-            read, cache, count = [token], output.past_key_values, count + 1
+            read, cache, count = [token], output[name], count + 1
 
 
 def _fetched(name: str) -> Path:

@@ -22,6 +22,7 @@ OLDEST = (4, 56)
 
 HARMLESS = {
     "sliding_window",  # the mask says it, and eager attention reads it there
+    "cache",
     "cache_position",
     "deterministic",
     "num_items_in_batch",
