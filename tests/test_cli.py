@@ -18,6 +18,7 @@ import commands
 import pytest
 from commands import check_line, run, stop_at
 
+import sightline
 from sightline import bench, cli, demo
 from sightline.checkpoints import save
 from sightline.cli import COMMANDS
@@ -200,7 +201,7 @@ def test_bench(monkeypatch, capsys):
 
 def test_what_the_program_says_of_itself(capsys):
     assert run("--version") == 0
-    assert capsys.readouterr().out == "sightline 0.5.0\n"
+    assert capsys.readouterr().out == f"sightline {sightline.__version__}\n"
     for arguments in ((), ("--help",), ("-h",)):
         assert run(*arguments) == 0
         stdout = capsys.readouterr().out
