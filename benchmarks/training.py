@@ -68,7 +68,8 @@ def peer(folder: Path, data: TokenizedCorpus, *, compiled: bool = False):
     model = module.GPT(config)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     count = sum(p.numel() for p in model.parameters())
-    model = torch.compile(model) if compiled else model
+    if compiled:
+        model.compile()
     ids = np.asarray(data.train.ids)
 
     def get_batch():
@@ -140,13 +141,13 @@ def measure_speed(report: Report, folder: Path, data: TokenizedCorpus, rounds: i
     if compiled:
         sides["nanoGPT, compiled"] = peer(folder, data, compiled=True)
     peers = list(sides)
-    turns: dict[str, Callable[[], None]] = {}
+    turns: dict[str, Callable[[], object]] = {}
     for precision in precisions:
         for name, shape in (("its shape", GPT2), ("modern", {})):
             sides[f"ours, {name}, {precision}"] = ours(data, shape, precision)
         dtype = getattr(torch, precision)
         turns[f"the matrix products alone, {precision}"] = products(data_vocabulary(data), dtype)
-    times = interleaved({name: turn for name, (turn, _) in sides.items()} | turns, rounds=rounds)
+    times = interleaved({**{name: turn for name, (turn, _) in sides.items()}, **turns}, rounds=rounds)
     base = min(times[name] for name in peers)
     report.say("\n## Speed: 4 layers, width 128, 4 heads, batch 12 x 64 (2x nanoGPT's best, in float32, is asked)")
     report.say(f"nanoGPT {'eager and compiled' if compiled else 'eager alone, not compiled'}.")

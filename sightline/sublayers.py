@@ -124,15 +124,14 @@ class _Fed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, seed, *made = ctx.saved_tensors
         to_down, to_ups = ctx.needs_input_grad[3:5], ctx.needs_input_grad[7:]
-        by_x, by_weight, by_bias, *by_both = torch.ops.sightline.feed_backward.default(
+        by_x, by_weight, by_bias, by_up, by_up_bias, by_down, by_down_bias = torch.ops.sightline.feed_backward.default(
             passes.rows_of(grads[0]), passes.rows_of(x), weight, bias, *ctx.norm, *made, ctx.curve, ctx.dropout, seed,
             *_wanted(to_ups), *to_down,
         )  # fmt: skip
-        up_weight, up_bias, down_weight, down_bias = by_both
-        by_ups = _by_maps(to_ups, up_weight, up_bias, ctx.sizes)
-        by_down = _by_maps(to_down, down_weight, down_bias, [x.shape[-1]])
+        by_ups = _by_maps(to_ups, by_up, by_up_bias, ctx.sizes)
+        by_own = _by_maps(to_down, by_down, by_down_bias, [x.shape[-1]])
         by_bias = None if bias is None else by_bias
-        return by_x.view_as(x), by_weight, by_bias, *by_down, None, None, *by_ups
+        return by_x.view_as(x), by_weight, by_bias, *by_own, None, None, *by_ups
 
 
 def _tensors(norm: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -118,7 +118,8 @@ void bend_row(const T* x, const T* up, int64_t count, T* out) {
 template <typename Step, typename T>
 void bend_row_back(const T* grad, const T* x, const T* up, int64_t count, T* to_x, T* to_up) {
   for (int64_t j = 0; j < count; j += kLanes) {
-    V slope, at = load_most(x + j, count - j), step = Step::template step<kRough<T>>(at, &slope), by = load_most(grad + j, count - j);
+    V slope, at = load_most(x + j, count - j), step = Step::template step<kRough<T>>(at, &slope);
+    V by = load_most(grad + j, count - j);
     if (up) {
       store_most(to_up + j, mul(by, mul(at, step)), count - j);
       by = mul(by, load_most(up + j, count - j));
@@ -136,7 +137,8 @@ static void bend(Curve curve, Numbers from, Numbers beside, int64_t count, Numbe
   });
 }
 
-static void bend_back(Curve curve, Numbers grads, Numbers from, Numbers beside, int64_t count, Numbers to, Numbers to_beside) {
+static void bend_back(Curve curve, Numbers grads, Numbers from, Numbers beside, int64_t count, Numbers to,
+                      Numbers to_beside) {
   by_type(from, [&](auto* type) {
     auto *x = (decltype(type))from.data, *up = (decltype(type))beside.data, *grad = (decltype(type))grads.data;
     auto *to_x = (decltype(type))to.data, *to_up = (decltype(type))to_beside.data;

@@ -50,7 +50,8 @@ void convert(const Tensor& from, const Tensor& to, int64_t start) {
 
 Tensor as_products(const Tensor& x, bool half) {
   if (halved(x) == half) return x;
-  Tensor out = x.dim() == 1 ? empty({x.size(0)}, product_type(half)) : empty({x.size(0), x.size(1)}, product_type(half));
+  ScalarType type = product_type(half);
+  Tensor out = x.dim() == 1 ? empty({x.size(0)}, type) : empty({x.size(0), x.size(1)}, type);
   convert(x, out, 0);
   return out;
 }
@@ -99,7 +100,8 @@ Tensor by_biases(const Tensor& grad, bool wanted) {
   Numbers from = of(grad);
   const Kernels& kernels = *chosen.load();
   blocks.share(width, 4, [&](int64_t index, int64_t first, int64_t last, float*) {
-    for (int64_t row = first; row < last; ++row) kernels.join(sums.of(index), from.at(row * width), width, sums.of(index));
+    float* sum = sums.of(index);
+    for (int64_t row = first; row < last; ++row) kernels.join(sum, from.at(row * width), width, sum);
   });
   return sums.total();
 }

@@ -74,7 +74,7 @@ Curve curve_of(int64_t number) {
 // Of (rows columns) the activation; `gated`: of the left half, times the right half.
 Tensor bend(const Tensor& x, int64_t curve, bool gated) {
   STD_TORCH_CHECK(numeric(x, 2) && (!gated || x.size(1) % 2 == 0),
-                  "sightline: x must be float32 or bfloat16 (rows columns), contiguous, of even columns where it is gated");
+                  "sightline: x must be float32 or bfloat16 (rows columns), contiguous, of even columns if it is gated");
   Curve kind = curve_of(curve);
   int64_t rows = x.size(0), all = x.size(1), columns = gated ? all / 2 : all;
   Tensor out = empty({rows, columns}, x.scalar_type());
@@ -242,18 +242,19 @@ std::tuple<Tensor, Tensor, Tensor> place_backward(const Tensor& by_queries, cons
                       alike(by_queries, joined) && alike(by_keys, joined) && alike(by_values, joined) &&
                       by_queries.numel() == rows * all.of_queries && by_keys.numel() == rows * all.of_keys &&
                       by_values.numel() == rows * of_values,
-                  "sightline: gradients must be (batch tokens heads width), contiguous, of the joined map and its dtype");
+                  "sightline: gradients must be (batch tokens heads width), contiguous, of the map and its dtype");
   Tensor out = empty({all.batch, all.tokens, all.columns}, joined.scalar_type());
   Blocks blocks(rows);
   Sums query_sums(blocks, query_norm ? width : 0), key_sums(blocks, key_norm ? width : 0);
   const Kernels& kernels = *chosen.load();
-  Numbers from = of(joined), to_joined = of(out), queries = of(by_queries), keys = of(by_keys), values = of(by_values);
+  Numbers from = of(joined), to_joined = of(out);
+  Numbers queries = of(by_queries), keys = of(by_keys), values = of(by_values);
   size_t size = halved(joined) ? 2 : 4;
-  auto put = [&](const HeadRow& heads_in, Numbers grad, Numbers x, int64_t row, Numbers to, float* to_norm, float* scratch) {
-    if (!heads_in.norm && !all.cosine) std::memcpy(to.data, grad.data, size * (size_t)(heads_in.count * heads_in.width));
-    else
-      kernels.place_heads_back(heads_in, grad, x, all.angle(all.cosine, row), all.angle(all.sine, row), to, to_norm,
-                               scratch);
+  auto put = [&](const HeadRow& row_of, Numbers grad, Numbers x, int64_t row, Numbers to, float* to_norm,
+                 float* scratch) {
+    const float *cosines = all.angle(all.cosine, row), *sines = all.angle(all.sine, row);
+    if (row_of.norm || cosines) kernels.place_heads_back(row_of, grad, x, cosines, sines, to, to_norm, scratch);
+    else std::memcpy(to.data, grad.data, size * (size_t)(row_of.count * row_of.width));
   };
   auto share = [&](int64_t index, int64_t first, int64_t last, float* scratch) {
     for (int64_t row = first; row < last; ++row) {
