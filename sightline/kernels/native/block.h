@@ -31,7 +31,6 @@ struct Block {
   State state;
 };
 
-INLINE int64_t row_groups_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 INLINE int64_t first_of(const Block& block, int64_t row_group) { return block.rows * row_group / block.row_groups; }
 INLINE int64_t tiles_of(const Call& call) { return (call.keys + kTile - 1) / kTile; }
 INLINE int64_t strip_tile(int64_t rows) { return row_groups_of(rows) * kRows * kTile; }  // floats
@@ -160,7 +159,8 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
                                       kPanel * call.width, call.width, scores + left, kTile, right - left,
                                       ahead ? ahead + left : nullptr);
 
-  float now[kRowStride], was[kRowStride], factor[kRowStride];
+  float largest[kRowStride], now[kRowStride], was[kRowStride], factor[kRowStride];
+  Maxima maxima[kRows];
   for (int r = 0; r < kRowStride; ++r) now[r] = was[r] = 0;
   for (int64_t r = 0; r < count; ++r) {
     float* line = scores + r * kTile;
@@ -170,20 +170,17 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     if (shapes_scores(call)) shape_row(call, block.batch, row[r], first, start, stop, line);
     for (int64_t k = left; k < start; ++k) line[k] = -kInfinity;
     for (int64_t k = stop; k < right; ++k) line[k] = -kInfinity;
-    Maxima maxima = lane_maxima(line, left, right);
-    float largest = max_lanes(max(max(maxima.of[0], maxima.of[1]), max(maxima.of[2], maxima.of[3])));
-    if constexpr (kSeeing) {
-      float* best = state.top_scores + (begin + r) * call.top;
-      if (call.top && largest > best[call.top - 1]) {
-        float floor = best[call.top - 1] == -kInfinity ? floor_of(maxima, call.top) : -kInfinity;
-        int32_t* keys_of_best = state.top_keys + (begin + r) * call.top;
-        if (call.top <= 8) keep_top<8>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
-        else if (call.top <= 16) keep_top<16>(line, left, right, first, maxima, floor, best, keys_of_best, call.top);
-        else keep_many(line, left, right, first, best, keys_of_best, call.top);
-      }
-    }
+    maxima[r] = lane_maxima(line, left, right);
+    const V* of = maxima[r].of;
+    largest[r] = max_lanes(max(max(of[0], of[1]), max(of[2], of[3])));
     was[r] = state.largest[begin + r];
-    now[r] = was[r] > largest ? was[r] : largest;
+    now[r] = was[r] > largest[r] ? was[r] : largest[r];
+  }
+  if constexpr (kSeeing) {
+    int64_t lists = row_group * call.top * kRowStride;
+    if (call.top)
+      keep_largest(scores, count, left, right, first, maxima, largest, state.top_scores + lists,
+                   state.top_keys + lists, call.top);
   }
   for (int r = 0; r < kRowStride; r += kLanes) {
     V shift = load(now + r);

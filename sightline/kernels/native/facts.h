@@ -7,6 +7,30 @@
 namespace sightline {
 namespace {
 
+// The lists of a row group become weights and keys of its rows.
+static void finish_lists(const Block& block, int64_t row_group) {
+  const Call& call = block.call;
+  const State& state = block.state;
+  int64_t begin = first_of(block, row_group), count = first_of(block, row_group + 1) - begin;
+  float largest[kRowStride] = {}, inverse[kRowStride] = {};
+  for (int64_t r = 0; r < count; ++r) largest[r] = state.largest[begin + r], inverse[r] = state.inverse[begin + r];
+  float* lists = state.top_scores + row_group * call.top * kRowStride;
+  const int32_t* keys = state.top_keys + row_group * call.top * kRowStride;
+  for (int64_t i = 0; i < call.top * kRowStride; i += kLanes) {
+    V score = load(lists + i), below = sub(score, load(largest + i % kRowStride));
+    V weight = mul(exp(below), load(inverse + i % kRowStride));
+    store(lists + i, where_less(splat(-kInfinity), score, weight, zero()));
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const Row& row = block.row[begin + r];
+    int64_t at = ((block.batch * call.heads + row.head) * call.queries + row.query) * call.top;
+    for (int64_t i = 0; i < call.top; ++i) {
+      call.top_weights[at + i] = lists[i * kRowStride + r];
+      call.top_keys[at + i] = keys[i * kRowStride + r];
+    }
+  }
+}
+
 // The sink joins the sum, and every row's output and facts are written. State keeps largest and total for the strip.
 static void finish_rows(Block& block) {
   const Call& call = block.call;
@@ -48,14 +72,9 @@ static void finish_rows(Block& block) {
     call.entropy[at] = entropy < 0 ? 0 : entropy;
     call.distance[at] = sum_lanes(load(state.distance + r * kLanes)) * shrink * inverse;
     call.sink[at] = state.sink[r] * shrink * inverse;
-    for (int64_t i = 0; i < call.top; ++i) call.top_keys[at * call.top + i] = state.top_keys[r * call.top + i];
-    for (int64_t i = 0; i < call.top; i += kLanes) {
-      int some = (int)least(kLanes, call.top - i);
-      V score = load_some(state.top_scores + r * call.top + i, some);
-      V weight = mul(exp(sub(score, splat(largest))), splat(inverse));
-      store_some(call.top_weights + at * call.top + i, where_less(splat(-kInfinity), score, weight, zero()), some);
-    }
   }
+  if (block.plan.seeing && call.top)
+    for (int64_t g = 0; g < block.row_groups; ++g) finish_lists(block, g);
 }
 
 // Adds one line of weights, summed and maximised over queries of one row of the map, to its blocks of keys.

@@ -149,10 +149,6 @@ static void merge(const Call& call, const Plan& plan, int64_t unit, float* at) {
         more = {load(part.total + r * kLanes), load(part.moment + r * kLanes), load(part.distance + r * kLanes)};
         join<true>(all, r, was, now, keep_all, more);
         all.sink[r] = keep_all * all.sink[r] + keep_part * part.sink[r];
-        for (int64_t i = r * call.top; i < (r + 1) * call.top; ++i)
-          if (part.top_scores[i] > all.top_scores[(r + 1) * call.top - 1])
-            keep(all.top_scores + r * call.top, all.top_keys + r * call.top, call.top, part.top_scores[i],
-                 part.top_keys[i]);
       } else {
         join<false>(part, r, part.largest[r], now, keep_part, more);
         more.total = load(part.total + r * kLanes);
@@ -162,6 +158,10 @@ static void merge(const Call& call, const Plan& plan, int64_t unit, float* at) {
         store(all.sums + j, fma(load(part.sums + j), splat(keep_part), mul(load(all.sums + j), splat(keep_all))));
       all.largest[r] = now;
     }
+    float turns[kRowStride];
+    for (float& each : turns) each = (float)call.top;
+    for (int64_t i = 0; plan.seeing && i < places_of(call, rows); i += call.top * kRowStride)
+      put_in(part.top_scores + i, part.top_keys + i, turns, all.top_scores + i, all.top_keys + i, call.top);
   }
   finish_rows(block);
   if (!plan.strip_kept) return;

@@ -1,5 +1,5 @@
-// A row's largest scores, exact, in falling order; of equal ones those of the lower keys. A tile's scores meet the list
-// only where a quarter of them holds one that belongs there.
+// Each row's largest scores, exact, in falling order; of equal ones those of the lower keys. What belongs into the
+// lists is found row by row, and put in for all rows of a group at once, a row a lane.
 #pragma once
 
 #include "softmax.h"
@@ -7,19 +7,7 @@
 namespace sightline {
 namespace {
 
-// Puts a score above the last into a list of the largest in falling order. Keys come in rising order, so a tie stays
-// behind the lower key.
-INLINE void keep(float* scores, int32_t* keys, int64_t top, float score, int32_t key) {
-  int64_t place = top - 1;
-  for (; place > 0 && scores[place - 1] < score; --place) {
-    scores[place] = scores[place - 1];
-    keys[place] = keys[place - 1];
-  }
-  scores[place] = score;
-  keys[place] = key;
-}
-
-constexpr int64_t kChunk = kTile / 4;  // keys that are passed over together, where none is among a row's largest
+constexpr int64_t kChunk = kTile / 4;  // keys, a bit each in a mask
 
 // The largest scores of each chunk of a tile, lane by lane.
 struct Maxima {
@@ -50,17 +38,20 @@ static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
 
 typedef int32_t Counts __attribute__((vector_size(4 * kLanes)));
 
-// A score that at least `top` scores reach: of the maxima of as many sets of keys as two vectors have lanes, the
-// `top`-th largest. -infinity where there are not so many.
+// A score that at least `top` scores reach: of the maxima of kSets sets of keys the `top`-th largest. -infinity where
+// there are not so many.
 static float floor_of(const Maxima& maxima, int64_t top) {
-  if (top > 2 * kLanes) return -kInfinity;
-  V sets[2] = {max(maxima.of[0], maxima.of[2]), max(maxima.of[1], maxima.of[3])}, reached = splat(-kInfinity);
-  float each[2 * kLanes];
-  store(each, sets[0]), store(each + kLanes, sets[1]);
-  Counts above[2] = {};
+  constexpr int kSets = 16, kVectors = kSets / kLanes;
+  if (top > kSets) return -kInfinity;
+  V sets[kVectors], reached = splat(-kInfinity);
+  for (V& set : sets) set = splat(-kInfinity);
+  for (int i = 0; i < 4; ++i) sets[i % kVectors] = max(sets[i % kVectors], maxima.of[i]);
+  float each[kSets];
+  for (int i = 0; i < kVectors; ++i) store(each + i * kLanes, sets[i]);
+  Counts above[kVectors] = {};
   for (float x : each)
-    for (int i = 0; i < 2; ++i) above[i] -= (Counts)(splat(x) > sets[i]);
-  for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kVectors; ++i) above[i] -= (Counts)(splat(x) > sets[i]);
+  for (int i = 0; i < kVectors; ++i) {
     Counts among = (Counts)(above[i] < Counts{} + (int32_t)top);
     V or_infinity = (V)(((Counts)sets[i] & among) | ((Counts)splat(kInfinity) & ~among));
     reached = max(reached, sub(zero(), or_infinity));
@@ -68,138 +59,97 @@ static float floor_of(const Maxima& maxima, int64_t top) {
   return -max_lanes(reached);
 }
 
-#if defined(__AVX512F__)
-// The scores [begin, end) of a row, of keys first + [begin, end), against its list. `floor` is a score that at least
-// `top` of them reach, or -infinity: it spares an empty list most of what would pass through.
-//
-// The list lies in one register, a score a lane in falling order. What is put in takes the place of the first that is
-// smaller: each lane becomes the larger of itself and the smaller of the new one and its left neighbour. Which scores
-// are put in is found before, without branches, and in fours, of which -infinity changes nothing: a branch that
-// depends on numbers costs as much as several scores.
-template <int kMost>
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima&, float floor,
-                     float* best, int32_t* keys, int64_t top) {
-  static_assert(kMost <= kLanes, "a list is one vector");
-  const __m512i infinity = _mm512_castps_si512(splat(kInfinity));
-  const __mmask16 listed = (__mmask16)((1u << top) - 1);
-  V list = _mm512_mask_loadu_ps(splat(-kInfinity), listed, best);
-  __m512i of_list = _mm512_maskz_loadu_epi32(listed, keys);
-  // A little below the floor, so that what reaches it is above.
-  V bar = max(splat(best[top - 1]), splat(floor - 1e-6f * (floor < 0 ? -floor : floor) - 1e-30f));
-  float score[kTile + 4];
-  int32_t key[kTile + 4];
-  int64_t count = 0;
-  for (int64_t k = begin, stop; k < end; k = stop) {
-    int64_t chunk = k / kChunk * kChunk;
-    stop = least(end, chunk + kChunk);
-    uint64_t over = 0;
-    for (int64_t i = k; i < stop; i += kPanel) {
-      uint64_t panel = greater(load(scores + i), bar) | greater(load(scores + i + kLanes), bar) << kLanes;
-      over |= panel << (i - chunk);
-    }
-    int64_t next = count + __builtin_popcountll(over);
-    auto take = [&] {
-      int64_t at = chunk + (__builtin_ctzll(over | 1ull << 63));
-      score[count] = scores[at], key[count++] = (int32_t)(first + at);
-      over &= over - 1;
-    };
-    take(), take(), take(), take();
-    while (count < next) take();
-    count = next;
-  }
-  for (int i = 0; i < 4; ++i) score[count + i] = -kInfinity;
-  for (int64_t i = 0; i < count; i += 4)
-#pragma GCC unroll 4
-    for (int64_t j = i; j < i + 4; ++j) {
-      V x = splat(score[j]);
-      V left = _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(list), infinity, 15));
-      __m512i of_left = _mm512_alignr_epi32(of_list, of_list, 15);
-      of_left = _mm512_mask_mov_epi32(of_left, _mm512_cmp_ps_mask(left, x, _CMP_GE_OQ), _mm512_set1_epi32(key[j]));
-      of_list = _mm512_mask_mov_epi32(of_left, _mm512_cmp_ps_mask(list, x, _CMP_GE_OQ), of_list);
-      list = max(list, _mm512_min_ps(left, x));
-    }
-  _mm512_mask_storeu_ps(best, listed, list);
-  _mm512_mask_storeu_epi32(keys, listed, of_list);
-}
-#else
-// A row's list of at most kMost scores in falling order, and behind it scores that wait to be sorted in: one at a time
-// they would wait for one another, and for branches that nobody can predict.
-template <int kMost>
-struct Largest {
-  float room[2][2 * kMost], *score = room[0];
-  int32_t key_room[2][2 * kMost], *key = key_room[0];
-  int64_t count;
-
-  // Everything goes to its rank: how many are larger, or equal and of a lower key. Keys come in rising order.
-  void sort(int64_t top) {
-    constexpr int kVectors = 2 * kMost / kLanes;
-    Counts rank[kVectors] = {}, place[kVectors];
-    for (int i = 0; i < 2 * kMost; ++i) place[i / kLanes][i % kLanes] = i;
-    for (int64_t j = 0; j < count; ++j) {
-      V x = splat(score[j]);
-      Counts here = Counts{} + (int32_t)j;
-#pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) {
-        V own = load(score + i * kLanes);
-        rank[i] -= (Counts)(x > own) | ((Counts)(x == own) & (Counts)(here < place[i]));
-      }
-    }
-    int32_t to[2 * kMost];
-    __builtin_memcpy(to, rank, sizeof to);
-    float* scores = score == room[0] ? room[1] : room[0];
-    int32_t* keys = key == key_room[0] ? key_room[1] : key_room[0];
-    for (int64_t i = 0; i < count; ++i) scores[to[i]] = score[i], keys[to[i]] = key[i];
-    score = scores, key = keys, count = top;
-  }
+// What belongs into the lists of a row group: one score and its key a row and turn, as many turns as the row has.
+struct Found {
+  static constexpr int64_t kMost = kTile + 2;
+  float score[kMost * kRowStride], turns[kRowStride];
+  int32_t key[kMost * kRowStride];
 };
 
-// At most kMost numbers; as many need no call.
-template <int kMost, typename T>
-INLINE void copy_list(T* to, const T* from, int64_t top) {
-  if (top == kMost) __builtin_memcpy(to, from, sizeof(T) * kMost);
-  else __builtin_memcpy(to, from, sizeof(T) * (size_t)top);
-}
-
-// As above, by the ranks.
-template <int kMost>
-static void keep_top(const float* scores, int64_t begin, int64_t end, int64_t first, const Maxima& maxima, float floor,
-                     float* best, int32_t* keys, int64_t top) {
-  Largest<kMost> list;
-  for (auto& room : list.room)
-    for (int i = 0; i < 2 * kMost; i += kLanes) store(room + i, zero());
-  copy_list<kMost>(list.score, best, top), copy_list<kMost>(list.key, keys, top);
-  list.count = top;
-  float bar = best[top - 1];
-  for (int64_t k = begin, stop; k < end; k = stop) {
-    int64_t chunk = k / kChunk;
-    stop = least(end, (chunk + 1) * kChunk);
-    if (!greater(maxima.of[chunk], splat(bar))) continue;
+// Of the scores [begin, end) of a row, of keys first + [begin, end), those above `bar`; how many there are. Mostly
+// without branches: one that depends on numbers costs as much as several scores.
+INLINE int64_t find_above(const float* scores, int64_t begin, int64_t end, int64_t first, V bar, Found& found,
+                          int64_t row) {
+  float* score = found.score + row;
+  int32_t* key = found.key + row;
+  int64_t count = 0;
+  auto search = [&](int64_t chunk, auto above) {
     uint64_t over = 0;
-    for (int64_t i = k; i < stop; i += kLanes) {
-      V x = load(scores + i);
-      over |= (uint64_t)(greater(x, splat(bar)) & ~greater(splat(floor), x)) << (i - chunk * kChunk);
-    }
-    for (; over; over &= over - 1) {
-      int64_t at = chunk * kChunk + __builtin_ctzll(over);
-      if (!(scores[at] > bar)) continue;
-      list.score[list.count] = scores[at], list.key[list.count++] = (int32_t)(first + at);
-      if (list.count == 2 * kMost) list.sort(top), bar = list.score[top - 1];
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kChunk / kLanes; ++i) over |= (uint64_t)above(chunk + i * kLanes) << i * kLanes;
+    int64_t next = count + __builtin_popcountll(over);
+    auto take = [&] {
+      int64_t at = chunk + __builtin_ctzll(over | 1ull << 63);
+      score[count * kRowStride] = scores[at], key[count * kRowStride] = (int32_t)(first + at);
+      over &= over - 1, ++count;
+    };
+    take(), take();
+    while (count < next) take();
+    count = next;
+  };
+  if (begin == 0 && end == kTile) {
+#pragma GCC unroll 4
+    for (int64_t chunk = 0; chunk < kTile; chunk += kChunk)
+      search(chunk, [&](int64_t k) { return greater(load(scores + k), bar); });
+  } else {
+    for (int64_t chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk)
+      search(chunk, [&](int64_t k) { return k >= begin && k < end ? greater(load(scores + k), bar) : 0u; });
   }
-  if (list.count > top) list.sort(top);
-  copy_list<kMost>(best, list.score, top), copy_list<kMost>(keys, list.key, top);
+  return count;
 }
 
-#endif
-
-// As keep_top, for a list of any length.
-static void keep_many(const float* scores, int64_t begin, int64_t end, int64_t first, float* best, int32_t* keys,
-                      int64_t top) {
-  for (int64_t k = begin; k < end; k += kLanes)
-    for (unsigned over = greater(load(scores + k), splat(best[top - 1])); over; over &= over - 1) {
-      int lane = __builtin_ctz(over);
-      if (scores[k + lane] > best[top - 1]) keep(best, keys, top, scores[k + lane], (int32_t)(first + k + lane));
+// Scores in turns, (turn, kRowStride) with their keys, against the lists of a row group, (place, kRowStride), each in
+// falling order. A score takes the place of the first that is smaller, and those behind move on: of equal ones that
+// which came first stays ahead. kTop places in registers, or, of any number, in memory.
+template <int64_t kTop>
+static void put_in(const float* score, const int32_t* key, const float* turns, float* best, int32_t* keys,
+                   int64_t top) {
+  for (int64_t v = 0; v < kRowStride; v += kLanes) {
+    float *lists = best + v, *of_lists = (float*)keys + v;
+    V own = load(turns + v), list[kTop + 1], of_list[kTop + 1];
+    for (int64_t i = 0; i < kTop; ++i) list[i] = load(lists + i * kRowStride), of_list[i] = load(of_lists + i * kRowStride);
+    auto put = [](V x, V of_x, V left, V of_left, V& place, V& of_place) {
+      of_place = where_less(left, x, of_left, where_less(place, x, of_x, of_place));
+      place = where_less(left, x, left, where_less(place, x, x, place));
+    };
+    for (int64_t turn = 0, last = (int64_t)max_lanes(own); turn < last; ++turn) {
+      V x = load(score + turn * kRowStride + v), of_x = load((const float*)key + turn * kRowStride + v);
+      x = where_less(splat((float)turn), own, x, splat(-kInfinity));
+#pragma GCC unroll 16
+      for (int64_t i = kTop - 1; i > 0; --i) put(x, of_x, list[i - 1], of_list[i - 1], list[i], of_list[i]);
+      if constexpr (kTop > 0) put(x, of_x, splat(kInfinity), of_x, list[0], of_list[0]);
+      for (int64_t i = kTop ? 0 : top; i-- > 0;) {
+        float *at = lists + i * kRowStride, *of_at = of_lists + i * kRowStride;
+        V place = load(at), of_place = load(of_at);
+        if (i) put(x, of_x, load(at - kRowStride), load(of_at - kRowStride), place, of_place);
+        else put(x, of_x, splat(kInfinity), of_x, place, of_place);
+        store(at, place), store(of_at, of_place);
+      }
     }
+    for (int64_t i = 0; i < kTop; ++i) store(lists + i * kRowStride, list[i]), store(of_lists + i * kRowStride, of_list[i]);
+  }
+}
+
+static void put_in(const float* score, const int32_t* key, const float* turns, float* best, int32_t* keys,
+                   int64_t top) {
+  (top == 8 ? put_in<8> : top == 16 ? put_in<16> : put_in<0>)(score, key, turns, best, keys, top);
+}
+
+// The scores (kRows, kTile) of a row group's keys first + [begin, end) against its lists.
+static void keep_largest(const float* scores, int64_t count, int64_t begin, int64_t end, int64_t first,
+                         const Maxima* maxima, const float* largest, float* best, int32_t* keys, int64_t top) {
+  Found found;
+  for (int r = 0; r < kRowStride; ++r) found.turns[r] = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    float bar = best[(top - 1) * kRowStride + r];
+    if (!(largest[r] > bar)) continue;
+    if (bar == -kInfinity) {
+      float floor = floor_of(maxima[r], top);  // a little below it, so that what reaches it is above
+      bar = floor - 1e-6f * (floor < 0 ? -floor : floor) - 1e-30f;
+    }
+    found.turns[r] = (float)find_above(scores + r * kTile, begin, end, first, splat(bar), found, r);
+  }
+  put_in(found.score, found.key, found.turns, best, keys, top);
 }
 
 }  // namespace

@@ -162,8 +162,12 @@ static void pack_pairs_transposed(const RowAt& row, int64_t rows, int64_t width,
   for (int64_t i = 0; i < padded; i += kLanes)
     for (int64_t j = 0; j < width; j += 2 * kLanes) {
       V square[kLanes];
-      float whole[kLanes * kLanes];
       for (int k = 0; k < kLanes; ++k) square[k] = i + k < rows ? load_pairs(row(i + k) + j, width - j) : zero();
+      if (width - j >= 2 * kLanes) {
+        transpose(square, (float*)out + j / 2 * out_row + i, out_row);
+        continue;
+      }
+      float whole[kLanes * kLanes];
       transpose(square, whole, kLanes);
       for (int64_t k = 0; k < least(kLanes, (width - j + 1) / 2); ++k)
         store((float*)out + (j / 2 + k) * out_row + i, load(whole + k * kLanes));

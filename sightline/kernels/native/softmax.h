@@ -33,11 +33,13 @@ struct State {
   float* moment;    // sum of e^(s - largest) (s - largest): the entropy's part, without cancellation
   float* distance;  // sum of e^(s - largest) |query - key|
   float* sink;      // sum of e^(s - largest) over the first keys
-  float* top_scores;
+  float* top_scores;  // the largest, in falling order: (row group, place, kRowStride)
   int32_t* top_keys;
   float* sums;  // sum of e^(s - largest) value, padded to whole vectors
 };
 
+INLINE int64_t row_groups_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+INLINE int64_t places_of(const Call& call, int64_t rows) { return row_groups_of(rows) * call.top * kRowStride; }
 INLINE int64_t padded_values(const Call& call) { return round_up(call.value_width, kLanes); }
 
 static State carve_state(Scratch& scratch, const Call& call, const Plan& plan, int64_t rows) {
@@ -49,8 +51,8 @@ static State carve_state(Scratch& scratch, const Call& call, const Plan& plan, i
     state.moment = scratch.floats(rows * kLanes);
     state.distance = scratch.floats(rows * kLanes);
     state.sink = scratch.floats(rows);
-    state.top_scores = scratch.floats(rows * call.top);
-    state.top_keys = (int32_t*)scratch.floats(rows * call.top);
+    state.top_scores = scratch.floats(places_of(call, rows));
+    state.top_keys = (int32_t*)scratch.floats(places_of(call, rows));
   }
   state.sums = scratch.floats(rows * padded_values(call));
   return state;
@@ -63,7 +65,7 @@ static void clear_state(State& state, const Call& call, const Plan& plan, int64_
     for (int64_t r = 0; r < rows; ++r) state.sink[r] = 0;
     for (int64_t i = 0; i < rows * kLanes; i += kLanes)
       store(state.moment + i, zero()), store(state.distance + i, zero());
-    for (int64_t i = 0; i < rows * call.top; ++i) state.top_scores[i] = -kInfinity, state.top_keys[i] = -1;
+    for (int64_t i = 0; i < places_of(call, rows); ++i) state.top_scores[i] = -kInfinity, state.top_keys[i] = -1;
   }
   clear(state.sums, rows * padded_values(call));
 }
@@ -164,13 +166,25 @@ struct Sums {
 // kPairs. `away` is the query's position less the tile's first key.
 //
 // Where no key lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
-// addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times.
+// addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times. Where all keys lie far after
+// it, the same with the sign turned.
 template <bool kSeeing, bool kPairs, bool kKept>
 static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away, bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
+  const float unit = kPairs ? 1.44269504f : 1;  // pairs are counted in powers of two
   auto step = [&](int64_t k) {
-    V x = max(splat(kLeastExponent), sub(load(scores + k), splat(shift)));  // 0 * -infinity would be NaN
-    V p = exp(x);
+    V x, p;
+#if defined(SIGHTLINE_DOT)
+    if constexpr (kPairs) {
+      x = fma(load(scores + k), splat(unit), splat(-shift * unit));
+      if constexpr (kSeeing) x = max(splat(kLeastExponent * unit), x);
+      p = exp2(x);
+    }
+#endif
+    if constexpr (!kPairs) {
+      x = max(splat(kLeastExponent), sub(load(scores + k), splat(shift)));  // 0 * -infinity would be NaN
+      p = exp(x);
+    }
     if constexpr (kKept) store(scores + k, p);
     total = add(total, p);
     if constexpr (kSeeing) moment = fma(p, x, moment);
@@ -190,12 +204,14 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift,
     return {total, moment, distance};
   }
   float counted[kLanes];
-  if (away >= (float)(end - 1)) {
+  bool after = away + kTile <= (float)begin;
+  if (after || away >= (float)(end - 1)) {
     V totals = zero();
     sweep([&](V) { totals = add(totals, total); });
     for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(end + i);  // of a vector behind the last
     distance = fma(splat((float)kLanes), totals, mul(total, load(counted)));
-    return {total, moment, distance};
+    if (after) distance = sub(zero(), distance);
+    return {total, mul(moment, splat(1 / unit)), distance};
   }
   for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(begin + i);
   V lane = load(counted);
@@ -203,7 +219,7 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift,
     distance = fma(p, abs(lane), distance);
     lane = sub(lane, splat((float)kLanes));
   });
-  return {total, moment, distance};
+  return {total, mul(moment, splat(1 / unit)), distance};
 }
 
 // A row's sums so far, relative to `was`, become relative to `now` by `factor` = e^(was - now) and get more.
