@@ -1,5 +1,6 @@
 """Timing two ways of doing the same thing on a noisy machine, and the table of `sightline bench`."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each side, run in turn so that a noisy neighbour hits all alike; one warm-up round."""
+    """Median seconds of each side, run in turn so that a noisy neighbour hits all alike; one warm-up round.
+
+    Each round has an order of its own: what a side leaves in the caches is not always found by the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
-        for name, run in sides.items():
+        for name in random.Random(turn).sample(list(sides), len(sides)):
             start = time.perf_counter()
-            run()
+            sides[name]()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}

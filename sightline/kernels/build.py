@@ -38,7 +38,7 @@ INSTRUCTIONS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi2"],
 }
 EMULATED = {"avx512_emulated": [*AVX512, "-DSIGHTLINE_EMULATE_DOT"]}
 """The code of avx512_bf16 with its dot product in floats: tests it on a CPU that has only AVX-512."""

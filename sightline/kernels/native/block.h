@@ -195,8 +195,9 @@ static void attend_tile(Block& block, int64_t row_group, int64_t tile, const flo
     float away = (float)(row[r].position - first);
     float* line = scores + r * kTile;
     bfloat16* pairs = rounded + r * kTile;
-    Sums sums = kept ? exponentiate<kSeeing, kPairs, true>(line, left, right, shift, away, pairs)
-                     : exponentiate<kSeeing, kPairs, !kPairs>(line, left, right, shift, away, pairs);
+    int64_t stop = row[r].stop - first;
+    Sums sums = kept ? exponentiate<kSeeing, kPairs, true>(line, left, right, stop, shift, away, pairs)
+                     : exponentiate<kSeeing, kPairs, !kPairs>(line, left, right, stop, shift, away, pairs);
     join<kSeeing>(state, i, was[r], now[r], factor[r], sums);
     if (!kSeeing && call.dropped)
       drop<kPairs>(call, block.batch, row[r], first, left, right, line, pairs);

@@ -30,7 +30,9 @@ inline bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
   if (&kernels != &kernels_baseline && !has_f16c()) return false;
   if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&kernels == &kernels_avx512_bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+  if (&kernels == &kernels_avx512_bf16 &&
+      !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2")))
+    return false;
   if (&kernels != &kernels_baseline)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

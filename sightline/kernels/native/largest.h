@@ -36,35 +36,29 @@ static Maxima lane_maxima(const float* scores, int64_t begin, int64_t end) {
   return maxima;
 }
 
-typedef int32_t Counts __attribute__((vector_size(4 * kLanes)));
-
-// A score that at least `top` scores reach: of the maxima of kSets sets of keys the `top`-th largest. -infinity where
-// there are not so many.
-static float floor_of(const Maxima& maxima, int64_t top) {
-  constexpr int kSets = 16, kVectors = kSets / kLanes;
-  if (top > kSets) return -kInfinity;
-  V sets[kVectors], reached = splat(-kInfinity);
-  for (V& set : sets) set = splat(-kInfinity);
-  for (int i = 0; i < 4; ++i) sets[i % kVectors] = max(sets[i % kVectors], maxima.of[i]);
-  float each[kSets];
-  for (int i = 0; i < kVectors; ++i) store(each + i * kLanes, sets[i]);
-  Counts above[kVectors] = {};
-  for (float x : each)
-    for (int i = 0; i < kVectors; ++i) above[i] -= (Counts)(splat(x) > sets[i]);
-  for (int i = 0; i < kVectors; ++i) {
-    Counts among = (Counts)(above[i] < Counts{} + (int32_t)top);
-    V or_infinity = (V)(((Counts)sets[i] & among) | ((Counts)splat(kInfinity) & ~among));
-    reached = max(reached, sub(zero(), or_infinity));
-  }
-  return -max_lanes(reached);
-}
-
 // What belongs into the lists of a row group: one score and its key a row and turn, as many turns as the row has.
 struct Found {
-  static constexpr int64_t kMost = kTile + 2;
+  static constexpr int64_t kMost = kTile + 4;
   float score[kMost * kRowStride], turns[kRowStride];
   int32_t key[kMost * kRowStride];
 };
+
+#if defined(__AVX512VBMI2__)
+#define EIGHT(n) n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7
+alignas(64) constexpr uint8_t kColumns[] = {EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)};
+#undef EIGHT
+#endif
+
+// Which of a chunk's scores are above `bar`, of the columns [begin, end) of the tile.
+INLINE uint64_t above(const float* scores, int64_t chunk, int64_t begin, int64_t end, V bar) {
+  uint64_t over = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kChunk / kLanes; ++i)
+    over |= (uint64_t)greater(load(scores + chunk + i * kLanes), bar) << i * kLanes;
+  if (begin > chunk) over &= ~0ull << (begin - chunk);
+  if (end < chunk + kChunk) over &= ~0ull >> (chunk + kChunk - end);
+  return over;
+}
 
 // Of the scores [begin, end) of a row, of keys first + [begin, end), those above `bar`; how many there are. Mostly
 // without branches: one that depends on numbers costs as much as several scores.
@@ -73,29 +67,36 @@ INLINE int64_t find_above(const float* scores, int64_t begin, int64_t end, int64
   float* score = found.score + row;
   int32_t* key = found.key + row;
   int64_t count = 0;
-  auto search = [&](int64_t chunk, auto above) {
-    uint64_t over = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < kChunk / kLanes; ++i) over |= (uint64_t)above(chunk + i * kLanes) << i * kLanes;
-    int64_t next = count + __builtin_popcountll(over);
-    auto take = [&] {
-      int64_t at = chunk + __builtin_ctzll(over | 1ull << 63);
-      score[count * kRowStride] = scores[at], key[count * kRowStride] = (int32_t)(first + at);
-      over &= over - 1, ++count;
-    };
-    take(), take();
-    while (count < next) take();
-    count = next;
+  auto take = [&](int64_t at) {
+    score[count * kRowStride] = scores[at], key[count * kRowStride] = (int32_t)(first + at);
+    ++count;
   };
-  if (begin == 0 && end == kTile) {
-#pragma GCC unroll 4
-    for (int64_t chunk = 0; chunk < kTile; chunk += kChunk)
-      search(chunk, [&](int64_t k) { return greater(load(scores + k), bar); });
-  } else {
-    for (int64_t chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk)
-      search(chunk, [&](int64_t k) { return k >= begin && k < end ? greater(load(scores + k), bar) : 0u; });
+#if defined(__AVX512VBMI2__)
+  uint8_t at[kTile + 64];
+  int64_t all = 0;
+  __m512i columns = _mm512_load_si512(kColumns);
+  for (int64_t chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk) {
+    uint64_t over = above(scores, chunk, begin, end, bar);
+    __m512i here = _mm512_add_epi8(columns, _mm512_set1_epi8((char)chunk));
+    _mm512_storeu_si512(at + all, _mm512_maskz_compress_epi8(over, here));
+    all += __builtin_popcountll(over);
+  }
+  while (count < all) take(at[count]), take(at[count]), take(at[count]), take(at[count]);
+  return all;
+#else
+  for (int64_t chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk) {
+    uint64_t over = above(scores, chunk, begin, end, bar);
+    int64_t next = count + __builtin_popcountll(over);
+    auto take_lowest = [&] {
+      take(chunk + __builtin_ctzll(over | 1ull << 63));
+      over &= over - 1;
+    };
+    take_lowest(), take_lowest();
+    while (count < next) take_lowest();
+    count = next;
   }
   return count;
+#endif
 }
 
 // Scores in turns, (turn, kRowStride) with their keys, against the lists of a row group, (place, kRowStride), each in
@@ -135,18 +136,44 @@ static void put_in(const float* score, const int32_t* key, const float* turns, f
   (top == 8 ? put_in<8> : top == 16 ? put_in<16> : put_in<0>)(score, key, turns, best, keys, top);
 }
 
+// Of each row a score that at least `top` of its scores reach, or a little less: of the maxima of as many sets of keys
+// as `found` gets turns the `top`-th largest. -infinity where there are not so many.
+static void find_floors(const Maxima* maxima, int64_t count, int64_t top, Found& found, float* floors) {
+  constexpr int kSets = 16, kVectors = kSets / kLanes;
+  for (int r = 0; r < kRowStride; ++r) floors[r] = -kInfinity, found.turns[r] = 0;
+  if (top > kSets) return;
+  for (int64_t r = 0; r < count; ++r) {
+    V sets[kVectors];
+    for (V& set : sets) set = splat(-kInfinity);
+    for (int i = 0; i < 4; ++i) sets[i % kVectors] = max(sets[i % kVectors], maxima[r].of[i]);
+    float each[kSets];
+    for (int i = 0; i < kVectors; ++i) store(each + i * kLanes, sets[i]);
+    for (int i = 0; i < kSets; ++i) found.score[i * kRowStride + r] = each[i];
+    found.turns[r] = kSets;
+  }
+  float lists[kSets * kRowStride];
+  int32_t keys[kSets * kRowStride];
+  for (int64_t i = 0; i < top * kRowStride; ++i) lists[i] = -kInfinity, keys[i] = 0;
+  put_in(found.score, found.key, found.turns, lists, keys, top);
+  for (int64_t r = 0; r < count; ++r) {
+    float floor = lists[(top - 1) * kRowStride + r];
+    floors[r] = floor - 1e-6f * (floor < 0 ? -floor : floor) - 1e-30f;
+  }
+}
+
 // The scores (kRows, kTile) of a row group's keys first + [begin, end) against its lists.
 static void keep_largest(const float* scores, int64_t count, int64_t begin, int64_t end, int64_t first,
                          const Maxima* maxima, const float* largest, float* best, int32_t* keys, int64_t top) {
+  const float* last = best + (top - 1) * kRowStride;
+  float floors[kRowStride];
   Found found;
+  bool empty = false;
+  for (int64_t r = 0; r < count; ++r) empty = empty || last[r] == -kInfinity;
+  if (empty) find_floors(maxima, count, top, found, floors);
   for (int r = 0; r < kRowStride; ++r) found.turns[r] = 0;
   for (int64_t r = 0; r < count; ++r) {
-    float bar = best[(top - 1) * kRowStride + r];
-    if (!(largest[r] > bar)) continue;
-    if (bar == -kInfinity) {
-      float floor = floor_of(maxima[r], top);  // a little below it, so that what reaches it is above
-      bar = floor - 1e-6f * (floor < 0 ? -floor : floor) - 1e-30f;
-    }
+    if (!(largest[r] > last[r])) continue;
+    float bar = last[r] == -kInfinity ? floors[r] : last[r];
     found.turns[r] = (float)find_above(scores + r * kTile, begin, end, first, splat(bar), found, r);
   }
   put_in(found.score, found.key, found.turns, best, keys, top);

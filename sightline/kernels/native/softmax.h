@@ -163,13 +163,14 @@ struct Sums {
 };
 
 // Scores [begin, end) of a row, whole panels, become exponentials: in place with kKept, as bf16 in `rounded` with
-// kPairs. `away` is the query's position less the tile's first key.
+// kPairs. `away` is the query's position less the tile's first key; from `stop` on nothing is seen.
 //
-// Where no key lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
+// Where no key that is seen lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
 // addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times. Where all keys lie far after
 // it, the same with the sign turned.
 template <bool kSeeing, bool kPairs, bool kKept>
-static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift, float away, bfloat16* rounded) {
+static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop, float shift, float away,
+                         bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
   const float unit = kPairs ? 1.44269504f : 1;  // pairs are counted in powers of two
   auto step = [&](int64_t k) {
@@ -205,7 +206,7 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, float shift,
   }
   float counted[kLanes];
   bool after = away + kTile <= (float)begin;
-  if (after || away >= (float)(end - 1)) {
+  if (after || away >= (float)(stop - 1)) {
     V totals = zero();
     sweep([&](V) { totals = add(totals, total); });
     for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(end + i);  // of a vector behind the last
