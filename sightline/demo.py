@@ -17,8 +17,10 @@ from sightline.training import Listener, TrainConfig, TrainResult, train
 
 PROMPT = "The value of the expression"
 VOCABULARY = 512
-SHAPE = {"context": 384, "d_model": 128, "num_layers": 4, "num_heads": 4}
-TRAINING = TrainConfig(minutes=2.5, batch=4, cooldown=0.6, evaluate_every=200)
+# Without dropout a text this short is known by heart after six readings, and a fast machine ends up worse than a slow
+# one. With it, and three times the usual weight decay, the sixteenth still helps: there the steps end on any machine.
+SHAPE = {"context": 384, "d_model": 128, "num_layers": 4, "num_heads": 4, "dropout": 0.1}
+TRAINING = TrainConfig(steps=2000, minutes=2.5, batch=4, weight_decay=0.3, cooldown=0.6, evaluate_every=200)
 LOOK_TOKENS = 160
 SENTENCE = "A class definition is an executable statement. It defines the name of the class."
 
