@@ -117,7 +117,8 @@ class Run:
             with self.interrupts.postponed():
                 for step in self.trainer.take_step(rate):
                     self._tell_step(step)
-            self.slowest_step = max(self.slowest_step, time.perf_counter() - began)
+            # Once in a while a machine stands still for many steps' time: that is forgotten by and by.
+            self.slowest_step = max(0.9 * self.slowest_step, time.perf_counter() - began)
             if self.trainer.step % self.config.evaluate_every == 0 and self._shall_look():
                 self._look()
             stopped, rate = self._decided()
