@@ -14,13 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it, with its family and model, which a virtual machine seldom hides."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in info.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    numbers = [f"{name.split()[-1]} {told[name]}" for name in ("cpu family", "model") if name in told]
+    return ", ".join((told.get("model name") or platform.machine(), *numbers))
 
 
 class Report:
