@@ -43,7 +43,7 @@ struct Ahead {
 #pragma GCC unroll 8
     for (int i = 0; i < kNumbers; i += (int)(64 / sizeof(T))) __builtin_prefetch(at + column + i, 0, 2);
     column += kNumbers;
-    if (column >= columns) column -= columns, at += row;
+    if (column >= columns) column = 0, at += row;
   }
 };
 
