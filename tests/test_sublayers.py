@@ -141,3 +141,52 @@ def test_another_module_in_the_place_of_ours_is_called():
     with torch.no_grad():
         louder.feed_forward.down.weight.copy_(block.feed_forward.down.weight / 2)
     torch.testing.assert_close(step(louder, x, half=False)[0], step(block, x, half=False)[0])
+
+
+def test_the_operators_refuse_what_does_not_belong_together():
+    operators, x, norm, seed = torch.ops.sightline, drawn(4, 32), torch.ones(32), torch.tensor(3)
+    rows, weight = drawn(4, 64), drawn(32, 64)
+    wide = torch.ones(1, 1).expand(100_000, 32)
+    many, double = drawn(100_000, 64), torch.ones(4, 32, dtype=torch.float64)
+
+    def feed(first, second, curve, dropout=0.0):
+        return operators.feed(
+            x, norm, None, 1e-6, False, first, None, second, None, weight, None, curve, dropout, seed, False
+        )
+
+    def feed_backward(grad, half=False):
+        normed, up, hidden, down = (t.bfloat16() if half else t for t in (drawn(len(grad), 32), weight.T, many, weight))
+        hidden = hidden[: len(grad)]
+        return operators.feed_backward(
+            grad, normed.float(), norm, None, 1e-6, False, normed, up.contiguous(), hidden, hidden, down, 1, 0.0, None,
+            True, True, True, True,
+        )  # fmt: skip
+
+    def heads_backward(grad):
+        x, columns = drawn(len(grad), 32), grad.shape[1]
+        return operators.heads_backward(
+            grad, x, norm, None, 1e-6, False, x, drawn(columns, 32).to(grad.dtype), x, True, True
+        )
+
+    for call in (
+        lambda: feed(drawn(64, 32), drawn(48, 32), 0),
+        lambda: feed(drawn(64, 32), drawn(64, 32), 1),
+        lambda: feed(drawn(64, 32), None, 1, -1.0),
+        lambda: feed(drawn(64, 32), None, 1, 1.0),
+        lambda: feed(drawn(64, 32), None, 1, float("nan")),
+        lambda: operators.write(x, rows, weight, None, 0.5, None, False),
+        lambda: operators.write(x, rows, weight, None, -1.0, seed, False),
+        lambda: operators.write(x, rows, weight, None, float("nan"), seed, False),
+        lambda: operators.write(x, rows.double(), weight, None, 0.0, None, False),
+        lambda: operators.write(drawn(4, 31), rows, weight, None, 0.0, None, False),
+        lambda: operators.write_backward(wide, many, weight, 0.0, None, True, True),
+        lambda: operators.write_backward(wide, many.bfloat16(), weight.bfloat16(), 0.0, None, True, True),
+        lambda: operators.write_backward(double, rows.double(), weight.double(), 0.0, None, True, True),
+        lambda: heads_backward(wide),
+        lambda: heads_backward(double),
+        lambda: feed_backward(wide),
+        lambda: feed_backward(wide, half=True),
+        lambda: feed_backward(double),
+    ):
+        with pytest.raises(RuntimeError, match="sightline:"):
+            call()
