@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import passes, sublayers
-from sightline.attention import attention, observe
+from sightline.attention import attention, check_dropout, observe
 from sightline.cache import Cache
 from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu
@@ -86,7 +86,7 @@ class MultiHeadAttention(nn.Module):
     Set `observer` to have it called as `observer(query, key, value, mask, scale=, softcap=, sinks=)` in the place
     of `attention`; it returns the output.
 
-    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups.
+    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups; for a dropout of 1.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 for groups.
 
@@ -133,6 +133,7 @@ class MultiHeadAttention(nn.Module):
         width = d_k // num_heads
         if rotary is not None and rotary.width != width:
             raise ValueError(f"MultiHeadAttention: rotary has width {rotary.width} but a head has {width}")
+        check_dropout("MultiHeadAttention", dropout)
         self.d_model = d_model
         self.num_heads = num_heads
         self.num_groups = num_groups
@@ -338,6 +339,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropout("Block", dropout)
         self.attention_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
         self.attention = attention
         self.feed_forward_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
