@@ -86,7 +86,7 @@ class MultiHeadAttention(nn.Module):
     Set `observer` to have it called as `observer(query, key, value, mask, scale=, softcap=, sinks=)` in the place
     of `attention`; it returns the output.
 
-    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups; for a dropout of 1.
+    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups; dropout not in [0, 1).
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 for groups.
 

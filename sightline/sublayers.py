@@ -27,6 +27,7 @@ Parameters = Sequence[Tensor | None]
 
 
 def parameters(*maps: nn.Linear) -> Parameters:
+    """What `served` is asked about and a step takes."""
     return [parameter for linear in maps for parameter in (linear.weight, linear.bias)]
 
 
