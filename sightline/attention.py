@@ -77,8 +77,7 @@ def attention(
     tensor([[[1.0000, 0.0000],
              [0.3302, 0.6698]]])
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"attention: dropout must be at least 0 and below 1, got {dropout}")
+    check_dropout("attention", dropout)
     call = _prepare("attention", query, key, value, mask, scale, softcap, sinks)
     query, key, value, recipe, number, _ = call
     name = choose(
@@ -194,6 +193,12 @@ def observe(
         softcap=softcap,
         facts=facts,
     )
+
+
+def check_dropout(where: str, dropout: float) -> None:
+    """Raise ValueError unless it is a probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}: dropout must be at least 0 and below 1, got {dropout}")
 
 
 def choose(

@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
             hidden = passes.activated(self.activation, up)
-        elif self.training and plain(self.gate, self.up):
+        elif self.training and self._joins() and plain(self.gate, self.up):
             hidden = passes.activated(passes.gated_silu, joined_map(x, self.gate, self.up))
         else:
             gate, up = linear_maps(x, self.gate, self.up)
@@ -55,9 +55,13 @@ class FeedForward(nn.Module):
         """
         ups = (self.up,) if self.gate is None else (self.gate, self.up)
         activation = self.activation if self.gate is None else passes.gated_silu
-        gated = self.gate is None or self.activation is F.silu
-        if not gated or activation not in passes.CURVES or not plain(*ups, self.down):
+        if activation not in passes.CURVES or not self._joins() or not plain(*ups, self.down):
             return None
-        if not sublayers.served(x, norm, *[linear.weight for linear in (*ups, self.down)]):
+        weights, down = sublayers.parameters(*ups), sublayers.parameters(self.down)
+        if not sublayers.served(x, norm, *weights, *down):
             return None
-        return sublayers.fed(x, norm, ups, activation, self.down, dropout)
+        return sublayers.fed(x, norm, weights, activation, down, dropout)
+
+    def _joins(self) -> bool:
+        """Whether gate and up may be one map, of one width, and silu stands between them."""
+        return self.gate is None or (self.activation is F.silu and self.gate.weight.shape == self.up.weight.shape)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sightline import passes, sublayers
-from sightline.attention import attention, observe
+from sightline.attention import attention, check_dropout, observe
 from sightline.cache import Cache
 from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
-from sightline.rows import RMSNorm, joined_map, kernel_maps, linear_maps, plain, unhooked
+from sightline.rows import RMSNorm, forwards, is_own, joined_map, kernel_maps, linear_maps, normed, plain
 from sightline.shapes import ShapeError, shaped
 
 Norm = Literal["rms", "layer"]
@@ -86,7 +86,7 @@ class MultiHeadAttention(nn.Module):
     Set `observer` to have it called as `observer(query, key, value, mask, scale=, softcap=, sinks=)` in the place
     of `attention`; it returns the output.
 
-    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups.
+    Raises: ValueError where a width is not divisible by the heads, or the heads by the groups; dropout not in [0, 1).
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023 for groups.
 
@@ -133,6 +133,7 @@ class MultiHeadAttention(nn.Module):
         width = d_k // num_heads
         if rotary is not None and rotary.width != width:
             raise ValueError(f"MultiHeadAttention: rotary has width {rotary.width} but a head has {width}")
+        check_dropout("MultiHeadAttention", dropout)
         self.d_model = d_model
         self.num_heads = num_heads
         self.num_groups = num_groups
@@ -178,7 +179,7 @@ class MultiHeadAttention(nn.Module):
             if output is not None:
                 return output
         if context is not None and cache is not None and cache.length:
-            query = _normed(self.query(x).unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
+            query = normed(self.query(x).unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
             key, value = cache.read(self.layer)
             return self._attend(query, key, value, mask, return_weights=return_weights)
         query, key, value = self._project(x, context, cache)
@@ -191,29 +192,30 @@ class MultiHeadAttention(nn.Module):
 
         `dropout` falls on what is added.
         """
-        maps = (self.query, self.key, self.value)
-        if self.observer is not None or not self._joins() or not plain(self.output):
+        if x.ndim != 3 or self.observer is not None or not self._joins() or not plain(self.output):
             return None
-        if not sublayers.served(x, norm, *[linear.weight for linear in (*maps, self.output)]):
+        maps, output = sublayers.parameters(self.query, self.key, self.value), sublayers.parameters(self.output)
+        heads = self._heads(x)
+        if not sublayers.served(x, norm, *maps, *output, *heads.norms):
             return None
-        x, query, key, value = sublayers.placed(x, norm, maps, self._heads(x))
-        heads = attention(query, key, value, self._mask(mask), dropout=self.dropout)
-        return sublayers.written(x, heads, self.output, dropout)
+        x, query, key, value = sublayers.projected(x, norm, maps, heads)
+        seen = attention(query, key, value, self._mask(mask), dropout=self.dropout)
+        return sublayers.written(x, seen, output, dropout)
 
     def _step(self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, cache: Cache) -> Tensor | None:
         """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none."""
         if not cache.length or (self.training and self.dropout) or isinstance(mask, Tensor):
             return None
-        query_norm, key_norm, rotary, alone = self.query_norm, self.key_norm, self.rotary, context is None
+        rotary, alone = self.rotary, context is None
         maps = kernel_maps(x, self.query, self.output, *((self.key, self.value) if alone else ()))
         hiding = self._hiding(mask, len(x))
-        if maps is None or hiding is None or not plain(query_norm, key_norm, rotary):
+        if maps is None or hiding is None or not self._places():
             return None
         start = cache.length
         stop = start + x.shape[1] if alone else start
         room = cache.room(self.layer, len(x), stop - start)
-        norms = (None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight)
-        if room is None or not cpu.projects(x, *room, *[weight for weight in norms if weight is not None]):
+        norms = self._norms()
+        if room is None or not cpu.projects(x, *room, *norms):
             return None
         return cpu.attend(
             x,
@@ -253,14 +255,14 @@ class MultiHeadAttention(nn.Module):
     def _project(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys (batch heads tokens width), normed and turned, and values; of the last two groups."""
         maps = (self.query, self.key, self.value)
-        if context is None and cache is None and self._joins() and passes.served(x, self.query.weight):
+        if context is None and cache is None and self._joins() and passes.served(x, *self._norms()):
             return passes.placed(joined_map(x, *maps), self._heads(x))
         if context is None:
             query, key, value = self._each(x, *maps)
         else:
             query, (key, value) = self.query(x), self._each(context, self.key, self.value)
-        query = _normed(query.unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
-        key = _normed(key.unflatten(-1, (self.num_groups, -1)), self.key_norm).transpose(1, 2)
+        query = normed(query.unflatten(-1, (self.num_heads, -1)), self.query_norm).transpose(1, 2)
+        key = normed(key.unflatten(-1, (self.num_groups, -1)), self.key_norm).transpose(1, 2)
         value = value.unflatten(-1, (self.num_groups, -1)).transpose(1, 2)
         if self.rotary is not None:
             start = 0 if cache is None else cache.length
@@ -273,15 +275,25 @@ class MultiHeadAttention(nn.Module):
             return False
         # Of maps whose widths do not belong together attention says so.
         fits = self.query.out_features * self.num_groups == self.key.out_features * self.num_heads
-        return fits and plain(self.query_norm, self.key_norm, self.rotary)
+        return fits and self._places()
+
+    def _places(self) -> bool:
+        """Whether norms and rotary positions are what the kernel knows."""
+        norms = [norm for norm in (self.query_norm, self.key_norm) if norm is not None]
+        known = all(norm.weight is not None and norm.eps == self.norm_epsilon for norm in norms)
+        return known and plain(*norms, self.rotary)
+
+    def _norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of both norms."""
+        query, key = self.query_norm, self.key_norm
+        return None if query is None else query.weight, None if key is None else key.weight
 
     def _heads(self, x: Tensor) -> passes.Heads:
-        norms = (self.query_norm, self.key_norm)
         return passes.Heads(
             heads=self.num_heads,
             groups=self.num_groups,
             width=self.query.out_features // self.num_heads,
-            norms=(None if norms[0] is None else norms[0].weight, None if norms[1] is None else norms[1].weight),
+            norms=self._norms(),
             epsilon=self.norm_epsilon,
             tables=None if self.rotary is None else self.rotary.tables(x.shape[1], x),
         )
@@ -325,6 +337,8 @@ class Block(nn.Module):
     Source: Vaswani et al. 2017, section 3.1 (post-norm); Xiong et al. 2020 (pre-norm).
     """
 
+    _KINDS = forwards(MultiHeadAttention, FeedForward)
+
     def __init__(
         self,
         attention: MultiHeadAttention,
@@ -338,6 +352,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropout("Block", dropout)
         self.attention_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
         self.attention = attention
         self.feed_forward_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
@@ -351,7 +366,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
         if not self.norm_first:
             return self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
-        if cache is None and self._steps(self.attention, MultiHeadAttention):
+        if cache is None and self._steps(self.attention):
             added = self.attention.added(x, self.attention_norm, mask, self.dropout)
             if added is not None:
                 return added
@@ -360,15 +375,15 @@ class Block(nn.Module):
     def _feed(self, x: Tensor) -> Tensor:
         if not self.norm_first:
             return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
-        if self._steps(self.feed_forward, FeedForward):
+        if self._steps(self.feed_forward):
             added = self.feed_forward.added(x, self.feed_forward_norm, self.dropout)
             if added is not None:
                 return added
         return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
 
-    def _steps(self, sublayer: nn.Module, ours: type[nn.Module]) -> bool:
+    def _steps(self, sublayer: nn.Module) -> bool:
         """Whether a training step may do without calling the sublayer."""
-        return self.training and sublayer.training and type(sublayer) is ours and unhooked(sublayer)
+        return self.training and sublayer.training and is_own(sublayer, self._KINDS)
 
     def _drop(self, x: Tensor) -> Tensor:
         return passes.dropped(x, self.dropout) if self.training else x
@@ -378,11 +393,6 @@ def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | 
     """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
     epsilon = EPSILON[kind] if epsilon is None else epsilon
     return RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
-
-
-def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
-    # Under autocast the maps give bfloat16, while the norms hold float32 and want it.
-    return x if norm is None else norm(x.to(norm.weight.dtype))
 
 
 def _weights(query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None) -> Tensor:

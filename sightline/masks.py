@@ -69,7 +69,15 @@ class Mask:
         )
 
     def __str__(self) -> str:
-        return self.draw(queries=8, keys=8)
+        """The first 8 queries and keys, or as many as the tensors have."""
+        given = [tensor for tensor in (self.allowed, self.bias) if tensor is not None]
+        of_queries = max((tensor.shape[-2] for tensor in given), default=1)
+        given += [] if self.segments is None else [self.segments]
+        of_keys = max((tensor.shape[-1] for tensor in given), default=1)
+        # An axis of 1 is of any size.
+        queries = of_queries if of_queries > 1 else of_keys if of_keys > 1 else 8
+        keys = of_keys if of_keys > 1 else queries
+        return self._picture((0, min(queries, 8)), (0, min(keys, 8)), queries=queries, keys=keys)
 
     @property
     def is_empty(self) -> bool:
@@ -174,8 +182,14 @@ class Mask:
         # # # .
         # # # #
         """
-        allowed, bias = self.dense(queries, keys, dtype=torch.float64)
-        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+        return self._picture((0, queries), (0, keys), queries=queries, keys=keys, batch=batch, head=head)
+
+    def _picture(
+        self, rows: tuple[int, int], columns: tuple[int, int], *, queries: int, keys: int, batch: int = 0, head: int = 0
+    ) -> str:
+        device = torch.device("cpu")
+        allowed, bias = self.tile(rows, columns, queries=queries, keys=keys, device=device, dtype=torch.float64)
+        seen = torch.ones(1, 1, rows[1] - rows[0], columns[1] - columns[0], dtype=torch.bool)
         if allowed is not None:
             seen = seen & allowed.cpu()
         if bias is not None:

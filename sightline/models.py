@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sightline import passes
+from sightline.attention import check_dropout
 from sightline.cache import Cache
 from sightline.counts import Counts
 from sightline.feed_forward import Activation, FeedForward
@@ -360,8 +361,8 @@ def _check_field(name: str, value: object, kind: Any) -> None:
             raise ValueError(f"DecoderConfig: {name} must be a whole number of at least {least}, got {value!r}")
     if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise ValueError(f"DecoderConfig: {name} must be a number, got {value!r}")
-    if name == "dropout" and isinstance(value, int | float) and not 0 <= value < 1:
-        raise ValueError(f"DecoderConfig: dropout must be at least 0 and below 1, got {value}")
+    if name == "dropout" and isinstance(value, int | float):
+        check_dropout("DecoderConfig", value)
     if name == "norm_epsilon" and isinstance(value, int | float) and not 0 <= value < 1:
         raise ValueError(f"DecoderConfig: norm_epsilon must be at least 0 and below 1, got {value}")
     if name == "rotary_base" and isinstance(value, int | float) and not value > 1:

@@ -1,7 +1,7 @@
 """What stands between the matrix products of a training step, each in one pass over memory forward and one backward.
 
-Activations, dropout, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32 or bfloat16,
-where a gradient is wanted. Everything else is by the definition, which stands beside them; so are second derivatives.
+Activations, dropout, RMSNorm, and heads put in their place, by the native kernel; on a CPU, in float32 or bfloat16.
+Everything else is by the definition, which stands beside them; so are second derivatives.
 """
 
 import functools
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from sightline.kernels import cpu
+from sightline.kernels.cpu import rows_of
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -32,6 +34,7 @@ def gated_silu(joined: Tensor) -> Tensor:
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_KINDS = (nn.Parameter, Tensor)
 # The kernel's number of an activation, and whether it joins two halves.
 CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
     gated_silu: (0, True),
@@ -40,20 +43,31 @@ CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
 }
 
 
-def served(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the native kernel serves: x on a CPU, with a gradient, and nobody traces or transforms.
+def served(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the native kernel serves: all of it plain tensors on a CPU, and nobody traces or transforms.
 
-    x in float32 or bfloat16, as autocast has it, weights in float32; not under autocast to anything else.
+    x in float32 or bfloat16, as autocast has it, weights in float32; not under autocast to anything else. With a
+    gradient or without: what is dropped must be the same where a step is computed again.
     """
-    if cpu.MISSING or type(x) is not Tensor or x.dtype not in _DTYPES or x.device.type != "cpu" or not x.numel():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return False
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *weights)):
+    if torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if cpu.MISSING or type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or not x.numel():
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+    for weight in weights:
+        if weight is None:
+            continue
+        if (
+            weight.dtype != torch.float32
+            or type(weight) not in _KINDS
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+        ):
+            return False
+    return True
 
 
 def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -68,7 +82,7 @@ def dropped(x: Tensor, dropout: float) -> Tensor:
     """
     if not dropout or not served(x):
         return F.dropout(x, dropout)
-    return _Dropped.apply(x, dropout, torch.randint(2**63 - 1, ()))  # pyright: ignore[reportReturnType]
+    return _Dropped.apply(x, dropout, cpu.seed(dropout))  # pyright: ignore[reportReturnType]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -77,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     >>> rms_norm(torch.tensor([[1.0, 7.0]]), torch.ones(2), 0.0).tolist()
     [[0.20000000298023224, 1.399999976158142]]
     """
-    if x.dtype == torch.float32 and served(x, weight):
+    if x.dtype == torch.float32 and weight.shape == x.shape[-1:] and served(x, weight):
         return _Normed.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
     return _by_library(x, weight, epsilon)
 
@@ -115,14 +129,15 @@ class _Activated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function = function
-        return bent(rows_of(x), function).view(*x.shape[:-1], -1)
+        return shaped_like(x, torch.ops.sightline.bend.default(rows_of(x), *CURVES[function]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
         if torch.is_grad_enabled():
             return *_by_definition(ctx.function, grad, x), None
-        return bent_backward(rows_of(grad), rows_of(x), ctx.function).view_as(x), None
+        by_x = torch.ops.sightline.bend_backward.default(rows_of(grad), rows_of(x), *CURVES[ctx.function])
+        return by_x.view_as(x), None
 
 
 class _Dropped(torch.autograd.Function):
@@ -130,7 +145,7 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: float, seed: Tensor) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.dropout = dropout
-        return torch.ops.sightline.drop.default(rows_of(x), dropout, seed).view_as(x)
+        return shaped_like(x, torch.ops.sightline.drop.default(rows_of(x), dropout, seed))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +157,7 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
-        return normed(x, weight, None, epsilon, False, x.dtype).view_as(x)
+        return shaped_like(x, torch.ops.sightline.row_norm.default(rows_of(x), weight, None, epsilon, False, False))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,8 +165,10 @@ class _Normed(torch.autograd.Function):
         if torch.is_grad_enabled():
             definition = functools.partial(_by_library, epsilon=ctx.epsilon)
             return *_by_definition(definition, grad, x, weight), None
-        by_x, by_weight, _ = normed_backward(rows_of(grad), x, weight, None, ctx.epsilon, False, None)
-        return by_x, by_weight, None
+        by_x, by_weight, _ = torch.ops.sightline.row_norm_backward.default(
+            rows_of(grad), rows_of(x), weight, None, ctx.epsilon, False, None
+        )
+        return by_x.view_as(x), by_weight, None
 
 
 class _Placed(torch.autograd.Function):
@@ -167,44 +184,6 @@ class _Placed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined, *tensors = ctx.saved_tensors
         return *place_backward(grads, joined, tensors, ctx.heads), None, None, None
-
-
-# --- The same without autograd, for who has a gradient of a larger step ---------------------------------
-
-
-def bent(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The activation of rows that are contiguous."""
-    return torch.ops.sightline.bend.default(x, *CURVES[function])
-
-
-def bent_backward(grad: Tensor, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Its gradient."""
-    return torch.ops.sightline.bend_backward.default(grad, x, *CURVES[function])
-
-
-def normed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centered: bool, dtype: torch.dtype
-) -> Tensor:
-    """RMSNorm of x (... width) in float32, or LayerNorm (`centered`): its rows, in float32 or bfloat16."""
-    half = dtype == torch.bfloat16
-    return torch.ops.sightline.row_norm.default(rows_of(x), weight, bias, epsilon, centered, half)
-
-
-def normed_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epsilon: float,
-    centered: bool,
-    beside: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, with `beside` added, of the weight and of the bias."""
-    beside = None if beside is None else rows_of(beside)
-    by_x, by_weight, by_bias = torch.ops.sightline.row_norm_backward.default(
-        grad, rows_of(x), weight, bias, epsilon, centered, beside
-    )
-    return by_x.view_as(x), by_weight, None if bias is None else by_bias
 
 
 def place(joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,9 +209,9 @@ def place_backward(
     return by_joined, by_query_norm, by_key_norm
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x (... width) as (rows width), contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+def shaped_like(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows with the leading axes of x. No view: what a step of autograd gives as a view cannot be changed in place."""
+    return torch.ops.aten._unsafe_view.default(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
 def _placing(joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads) -> tuple[Any, ...]:

@@ -4,11 +4,13 @@ A library's matrix product packs, or reads weights at a third of what memory giv
 nothing of attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sightline import passes
 from sightline.kernels import cpu
@@ -16,20 +18,32 @@ from sightline.positions import Rotary
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`; few rows, and those with a gradient, are the native kernel's.
+    """`nn.RMSNorm`, on a CPU by the native kernel.
 
     >>> RMSNorm(2, eps=0.0)(torch.tensor([[1.0, 7.0]])).tolist()
     [[0.20000000298023224, 1.399999976158142]]
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.shape != x.shape[-1:]:
+            return super().forward(x)
         epsilon = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if cpu.projects(x, self.weight):
             return cpu.norm(x, self.weight, epsilon)
         return passes.rms_norm(x, self.weight, epsilon)
 
 
-_OURS = (nn.Linear, RMSNorm, Rotary)
+def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """x by the norm, if there is one: in the norm's dtype, where under autocast maps gave another."""
+    return x if norm is None else norm(x if norm.weight is None else x.to(norm.weight.dtype))
+
+
+def forwards(*kinds: type[nn.Module]) -> dict[type[nn.Module], Callable[..., Any]]:
+    """Kinds of modules that may be computed without a call, and how each is called, as it is at import."""
+    return {kind: kind.forward for kind in kinds}
+
+
+_OURS = forwards(nn.Linear, RMSNorm, Rotary)
 
 
 def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
@@ -64,12 +78,14 @@ def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[cpu.Map] | None:
 
 
 def plain(*modules: nn.Module | None) -> bool:
-    """No module of another kind in the place of ours, and none with a hook, which would have to be called."""
-    return all(module is None or (type(module) in _OURS and unhooked(module)) for module in modules)
+    """No module of another kind in the place of ours, and none in whose call somebody has a say."""
+    return all(module is None or is_own(module, _OURS) for module in modules)
 
 
-def unhooked(module: nn.Module) -> bool:
-    """No hook that would have to be called."""
+def is_own(module: nn.Module, kinds: dict[type[nn.Module], Callable[..., Any]]) -> bool:
+    """One of these `forwards`, which nobody replaced, and no hook, on it or on all modules, would have to be called."""
+    if type(module).forward is not kinds.get(type(module)) or "forward" in vars(module) or _has_any_global_hook():
+        return False
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     return not (module._backward_hooks or module._backward_pre_hooks)

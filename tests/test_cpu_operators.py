@@ -185,6 +185,21 @@ def test_a_negative_option_ends_before_native_code(option, monkeypatch):
         observe(*draw(dtype=torch.float32), implementation="cpu", **{option: -1})
 
 
+def test_out_of_memory_says_so():
+    query, key = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**45, 8), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(RuntimeError, match=f"sightline: no memory for a tensor of {2**50} bytes; fewer or shorter"):
+        torch.ops.sightline.forward(query, key, key, *[None] * 6, -1, -1, 1.0, 0.0)
+
+
+def test_what_is_dropped_is_drawn_on_the_cpu():
+    case = draw(dtype=torch.float32)
+    torch.manual_seed(1)
+    known = attention(*case, dropout=0.5, implementation="cpu")
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        assert torch.equal(attention(*case, dropout=0.5, implementation="cpu"), known)
+
+
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [

@@ -277,6 +277,14 @@ def test_what_does_not_divide_names_both_numbers(options, message):
         MultiHeadAttention(8, **options)
 
 
+@pytest.mark.parametrize("dropout", [-0.5, 1.0, float("nan")])
+def test_what_is_no_dropout_is_refused(dropout):
+    with pytest.raises(ValueError, match=f"MultiHeadAttention: dropout must be .* below 1, got {dropout}"):
+        MultiHeadAttention(8, 2, dropout=dropout)
+    with pytest.raises(ValueError, match=f"Block: dropout must be at least 0 and below 1, got {dropout}"):
+        Block(MultiHeadAttention(8, 2), FeedForward(8, 16), d_model=8, dropout=dropout)
+
+
 @pytest.mark.parametrize("build", [lambda: SelfAttention(8, 4, 4), lambda: MultiHeadAttention(8, 2)])
 def test_a_tensor_of_another_rank_is_refused(build):
     with pytest.raises(ShapeError, match="x has 2 axes, not 3"):

@@ -44,6 +44,23 @@ def test_str_draws():
     assert str(Causal()).splitlines()[0] == "# . . . . . . ."
 
 
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (Allowed(torch.ones(1, 1, 2, 2, dtype=torch.bool)), "# #\n# #"),
+        (Segments(torch.tensor([[0, 0, 1]])) & Causal(), "# . .\n# # .\n. . #"),
+        (Bias(torch.zeros(3, 3)) & Causal(), "# . .\n# # .\n# # #"),
+        (Allowed(torch.tensor([[True], [False]])), "# #\n. ."),
+        (Allowed(torch.ones(2, 4, dtype=torch.bool)) & Causal(), "# # # .\n# # # #"),
+        (Bias(torch.zeros(1, 1)), "\n".join(["# # # # # # # #"] * 8)),
+        (Allowed(torch.ones(9, 20, dtype=torch.bool)) & Causal(), "\n".join(["# # # # # # # #"] * 8)),
+        (Segments(torch.arange(20)[None] // 5), "\n".join(["# # # # # . . ."] * 5 + [". . . . . # # #"] * 3)),
+    ],
+)
+def test_str_draws_what_the_tensors_hold(mask, expected):
+    assert str(mask) == expected
+
+
 @given(recipes, st.integers(1, 9), st.integers(1, 9), st.data())
 def test_a_tile_is_a_cut_of_the_dense_mask_and_nothing_lies_outside_the_span(mask, queries, keys, data):
     whole = torch.tensor(picture(mask, queries, keys))

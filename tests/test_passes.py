@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 from sightline import passes
 from sightline.feed_forward import FeedForward
@@ -127,14 +128,16 @@ def test_the_norm_is_its_definition(shape, instructions):
     [
         {},
         {"query_key_norm": True, "num_groups": 2, "d_v": 12},
+        {"query_key_norm": True, "key_norm": None},
         {"rotary": Rotary(6), "bias": False},
         {"rotary": Rotary(6), "query_key_norm": True, "num_groups": 1, "dropout": 0.2},
     ],
-    ids=["plain", "norms", "rotary", "both"],
+    ids=["plain", "norms", "query", "rotary", "both"],
 )
 def test_heads_in_their_place_are_the_modules_own(settings, instructions, monkeypatch):
     torch.manual_seed(0)
-    layer = MultiHeadAttention(24, 4, causal=True, **settings)
+    layer = MultiHeadAttention(24, 4, causal=True, **{k: v for k, v in settings.items() if k != "key_norm"})
+    layer.key_norm = settings.get("key_norm", layer.key_norm)
     for norm in (layer.query_norm, layer.key_norm):
         if norm is not None:
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -183,13 +186,23 @@ def test_a_map_of_another_width_is_refused_as_ever():
         layer(drawn(1, 5, 8))
 
 
-def test_it_serves_where_a_gradient_is_wanted():
-    x = drawn(3, 4)
-    assert not passes.served(x)
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+def test_where_it_serves_a_gradient_has_no_say():
+    class Other(torch.Tensor):
+        pass
+
+    x, seen = drawn(3, 4), []
+    assert passes.served(x) and passes.served(x, None, drawn(4), nn.Parameter(drawn(4)))
     x.requires_grad_()
     assert passes.served(x)
     with torch.no_grad():
+        assert passes.served(x)
+    for weight in (drawn(4).bfloat16(), drawn(4).to("meta"), drawn(8)[::2], drawn(4).as_subclass(Other)):
+        assert not passes.served(x, drawn(4), weight)
+    with forward_ad.dual_level():
         assert not passes.served(x)
+    torch.jit.trace(lambda x: seen.append(passes.served(x)) or x + 1, x.detach(), check_trace=False)
+    assert seen == [False]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert passes.served(x) and passes.served(x.bfloat16())
     with torch.autocast("cpu", dtype=torch.float16):
@@ -264,15 +277,15 @@ def test_the_operators_refuse_what_does_not_belong_together():
         lambda: operators.bend(x.double(), 0, False),
         lambda: operators.drop(x, 1.0, torch.tensor(1)),
         lambda: operators.drop(x, 0.5, torch.tensor(1.0)),
+        lambda: operators.drop(x, 0.5, torch.tensor(1, device="meta")),
         lambda: operators.bend(x.half(), 0, False),
         lambda: operators.bend_backward(x.bfloat16(), x, 0, False),
-        lambda: operators.join(x, drawn(4, 5)),
-        lambda: operators.join(x.bfloat16(), x),
         lambda: operators.row_norm(x, drawn(5), None, 1e-6, False, False),
         lambda: operators.row_norm(x, drawn(6), drawn(6), 1e-6, False, False),
         lambda: operators.row_norm_backward(drawn(3, 6), x, drawn(6), None, 1e-6, False, None),
         lambda: operators.row_norm_backward(x, x, drawn(6), None, 1e-6, False, drawn(4, 5)),
         lambda: operators.place(joined, 2, 2, 12, None, None, 1e-6, None, None),
+        lambda: operators.place(joined, 2**61, 1, 8, None, None, 1e-6, None, None),
         lambda: operators.place(joined, 2, 1, 6, drawn(5), drawn(6), 1e-6, None, None),
         lambda: operators.place(joined, 2, 1, 6, None, None, 1e-6, drawn(3, 6), drawn(3, 6)),
     ):
@@ -298,3 +311,43 @@ def test_what_is_dropped_is_dropped_in_the_gradient_too(instructions):
             assert (rows[1:] * rows[:-1]).mean().abs() < 5 * 0.1875 / x.numel() ** 0.5
             assert (rows[:, 1:] * rows[:, :-1]).mean().abs() < 5 * 0.1875 / x.numel() ** 0.5
     assert passes.dropped(x, 0.0) is x
+
+
+def test_what_is_dropped_is_so_without_a_gradient_too():
+    x, dropped = drawn(7, 33), []
+    for wanted in (True, False):
+        torch.manual_seed(3)
+        dropped.append(passes.dropped(x.requires_grad_(wanted), 0.25))
+    torch.manual_seed(3)
+    with torch.no_grad(), torch.device("meta"):
+        dropped.append(passes.dropped(x.requires_grad_(), 0.25))
+    assert torch.equal(dropped[0], dropped[1]) and torch.equal(dropped[0], dropped[2])
+
+
+STEPS = {
+    "dropped": lambda x: passes.dropped(x, 0.25),
+    "norm": lambda x: passes.rms_norm(x, torch.ones(6), 1e-6),
+    "gelu": lambda x: passes.activated(F.gelu, x),
+    "gated": lambda x: passes.activated(passes.gated_silu, x),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_what_it_gives_may_be_changed_in_place(step):
+    x = drawn(2, 3, 6).requires_grad_()
+    slopes = []
+    for in_place in (True, False):
+        torch.manual_seed(3)
+        output = step(x)
+        first = output[0].mul_(2).add_(1) if in_place else 2 * output[0] + 1
+        slopes.append(torch.autograd.grad(first.sum(), x)[0])
+    assert torch.equal(*slopes)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_gradients_in_a_batch_are_those_one_by_one(step):
+    def slopes(vectorize):
+        torch.manual_seed(3)
+        return torch.autograd.functional.jacobian(step, drawn(3, 6), vectorize=vectorize)
+
+    torch.testing.assert_close(slopes(True), slopes(False))

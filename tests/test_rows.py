@@ -104,6 +104,10 @@ def test_a_hook_and_another_module_are_called():
 
     other = Doubled(16, 5)
     assert seen == ["hook"]
+    with nn.modules.module.register_module_forward_hook(lambda *_: seen.append("all")):
+        linear_maps(drawn(1, 16), linear)
+    linear.forward = Mock(return_value="own")
+    assert linear_maps(drawn(1, 16), linear) == ["own"] and seen == ["hook", "all"]
     assert torch.equal(linear_maps(drawn(1, 16), other)[0], 2 * F.linear(drawn(1, 16), other.weight, other.bias))
 
 
@@ -133,6 +137,17 @@ def test_a_norm_is_its_definition(width, instructions):
     norm.weight.copy_(drawn(width, seed=1))
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
     torch.testing.assert_close(norm(x).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_norm_of_other_axes_or_without_a_weight_is_torchs(rows, gradient):
+    x = drawn(rows, 4, 8)
+    with torch.set_grad_enabled(gradient):
+        for options in ({"normalized_shape": 8, "elementwise_affine": False}, {"normalized_shape": (4, 8)}):
+            torch.testing.assert_close(RMSNorm(**options)(x), nn.RMSNorm(**options)(x))
+        with pytest.raises(RuntimeError, match=r"normalized_shape=\[4\]"):
+            RMSNorm(4)(x)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is these torch operators:
 `sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`,
 and, for few rows, `sightline::project` (linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
-What a training step takes between its products (`bend`, `drop`, `join`, `row_norm`, `place`) is called by
+What a training step takes between its products (`bend`, `drop`, `row_norm`, `place`) is called by
 `sightline.passes`, and with the products (`heads`, `write`, `feed`) by `sightline.sublayers`.
 (Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
@@ -139,11 +139,15 @@ def attention(
     In memory the output is (batch queries heads value_width): joining heads after it copies nothing. What `dropout`
     drops is a hash of a number drawn from torch's generator and of each weight's place; no mask is kept.
     """
-    seed = torch.randint(2**63 - 1, ()) if dropout else None
-    arguments = *_arguments(query, key, value, masks, scale, softcap, sinks), dropout, seed
+    arguments = *_arguments(query, key, value, masks, scale, softcap, sinks), dropout, seed(dropout)
     if _differentiates(query, key, value, sinks, masks.bias, masks.slopes):
         return cast(Tensor, _Attention.apply(None, *arguments))
     return torch.ops.sightline.forward.default(*arguments)[0]
+
+
+def seed(dropout: float) -> Tensor | None:
+    """A number from torch's generator, of which what is dropped is a hash; None where nothing is."""
+    return torch.randint(2**63 - 1, (), device="cpu") if dropout else None
 
 
 def observe(
@@ -197,35 +201,36 @@ def pool(
     )
 
 
-def projects(x: Tensor, *weights: Tensor) -> bool:
+def projects(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     if MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
         return False
-    return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+    return all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
 
 
 def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
     arguments = [part for weight_and_bias in maps for part in weight_and_bias]
-    joined = torch.ops.sightline.project.default(_rows(x), *arguments, *(None,) * (6 - len(arguments)))
+    joined = torch.ops.sightline.project.default(rows_of(x), *arguments, *(None,) * (6 - len(arguments)))
     joined = joined.view(*x.shape[:-1], -1)
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x (... width) as (rows width), contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, where `projects` says so."""
-    return torch.ops.sightline.norm.default(_rows(x), weight, epsilon).view_as(x)
+    return torch.ops.sightline.norm.default(rows_of(x), weight, epsilon).view_as(x)
 
 
 def feed_forward(x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP) -> Tensor:
     """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so."""
-    return torch.ops.sightline.feed_forward.default(_rows(x), *gate, *up, *down).view_as(x)
+    return torch.ops.sightline.feed_forward.default(rows_of(x), *gate, *up, *down).view_as(x)
 
 
 def attend(

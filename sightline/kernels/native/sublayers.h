@@ -19,25 +19,21 @@ Tensor flipped(const Tensor& matrix) {
   return Tensor(handle);
 }
 
-Tensor times(const Tensor& left, const Tensor& right) {
+// left right, plus a bias if there is one.
+Tensor times(const Tensor& left, const Tensor& right, const Maybe& bias = {}) {
   STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && alike(left, right),
                   "sightline: the shapes or dtypes of a product do not belong together");
   Tensor out = empty({left.size(0), right.size(1)}, left.scalar_type());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  int32_t error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1, 1)
+                       : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
+  STD_TORCH_CHECK(!error, "sightline: torch could not multiply ", left.size(0), " x ", left.size(1), " by ",
+                  right.size(0), " x ", right.size(1), "; if memory is short, fewer or shorter texts at once take less");
   return out;
 }
 
-Tensor mapped(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  Tensor turned = flipped(weight);
-  if (!bias) return times(x, turned);
-  Tensor out = empty({x.size(0), weight.size(0)}, x.scalar_type());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), turned.get(), 1, 1));
-  return out;
-}
+Tensor mapped(const Tensor& x, const Tensor& weight, const Maybe& bias) { return times(x, flipped(weight), bias); }
 
 // ---- from float32 to the dtype of products and back ----
-
-ScalarType product_type(bool half) { return half ? ScalarType::BFloat16 : ScalarType::Float; }
 
 void convert(const Tensor& from, const Tensor& to, int64_t start) {
   int64_t width = from.size(from.dim() - 1), rows = width ? from.numel() / width : 0;
@@ -49,6 +45,7 @@ void convert(const Tensor& from, const Tensor& to, int64_t start) {
 }
 
 Tensor as_products(const Tensor& x, bool half) {
+  STD_TORCH_CHECK(numeric(x, x.dim()), "sightline: a gradient must be float32 or bfloat16, contiguous");
   if (halved(x) == half) return x;
   ScalarType type = product_type(half);
   Tensor out = x.dim() == 1 ? empty({x.size(0)}, type) : empty({x.size(0), x.size(1)}, type);
@@ -94,6 +91,7 @@ Tensor by_weights(const Tensor& grad, const Tensor& x, bool wanted) {
 
 Tensor by_biases(const Tensor& grad, bool wanted) {
   if (!wanted) return empty({0});
+  STD_TORCH_CHECK(numeric(grad, 2), "sightline: a gradient must be float32 or bfloat16 (rows columns), contiguous");
   int64_t width = grad.size(1);
   Blocks blocks(grad.size(0));
   Sums sums(blocks, width);
@@ -118,7 +116,8 @@ Tensor by_added(const Tensor& grad, bool half, double dropout, const Maybe& seed
 }
 
 void check_seed(double dropout, const Maybe& seed) {
-  STD_TORCH_CHECK(dropout == 0 || seed, "sightline: dropout needs a seed, one int64");
+  STD_TORCH_CHECK(dropout == 0 || (dropout > 0 && dropout < 1 && seed),
+                  "sightline: dropout must be at least 0 and below 1, and needs a seed, one int64 on the CPU");
 }
 
 // ---- queries, keys and values: of norm(x) ----
@@ -170,6 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed(
     const Maybe& first_bias, const Maybe& second, const Maybe& second_bias, const Tensor& down, const Maybe& down_bias,
     int64_t curve, double dropout, const Maybe& seed, bool half) {
   check_seed(dropout, seed);
+  STD_TORCH_CHECK(!second || (curve_of(curve) == Curve::silu && plain(*second, 2) && plain(first, 2) &&
+                              second->size(0) == first.size(0)),
+                  "sightline: a gate goes with silu, and gate and up must have the same columns");
   Tensor normed = row_norm(x, norm, norm_bias, epsilon, centered, half);
   auto up_of = [&](const Maps& maps) { return std::make_pair(maps.weight(half), maps.bias(half)); };
   auto [up, up_bias] = second ? up_of(Maps({{first, first_bias}, {*second, second_bias}}, x.size(1)))

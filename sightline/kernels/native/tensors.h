@@ -28,21 +28,18 @@ inline Strided broadcast(const Maybe& tensor) {
   return {tensor->data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, std::initializer_list<int64_t> strides) {
+// Contiguous, unless strides are given.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float,
+                    std::initializer_list<int64_t> strides = {}) {
+  int64_t dense[8], numbers = 1;
+  for (size_t i = sizes.size(); i-- > 0;) dense[i] = numbers, numbers *= sizes.begin()[i];
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      (int64_t)sizes.size(), sizes.begin(), strides.begin(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
-  int64_t strides[8], step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      (int64_t)sizes.size(), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  int32_t error = aoti_torch_empty_strided(
+      (int64_t)sizes.size(), sizes.begin(), strides.size() ? strides.begin() : dense,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
+  int64_t size = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  STD_TORCH_CHECK(!error, "sightline: no memory for a tensor of ", numbers * size,
+                  " bytes; fewer or shorter texts at once take less");
   return Tensor(handle);
 }
 
@@ -109,8 +106,8 @@ inline Call call_of(const Inputs& in) {
   if (in.sinks) call.sinks = floats(*in.sinks);
   STD_TORCH_CHECK(in.dropout >= 0 && in.dropout < 1, "sightline: dropout must be at least 0 and below 1");
   if (in.dropout > 0) {
-    STD_TORCH_CHECK(in.seed && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1,
-                    "sightline: dropout needs a seed, one int64");
+    STD_TORCH_CHECK(in.seed && in.seed->is_cpu() && in.seed->scalar_type() == ScalarType::Long && in.seed->numel() == 1,
+                    "sightline: dropout needs a seed, one int64 on the CPU");
     call.seed = (uint64_t) * (const int64_t*)in.seed->data_ptr();
     call.dropped = (uint32_t)std::min(in.dropout * 4294967296.0, 4294967295.0);
     call.kept = (float)(1 / (1 - in.dropout));

@@ -112,10 +112,10 @@ Tensor bend_backward(const Tensor& grad, const Tensor& x, int64_t curve, bool ga
 
 // Which numbers are dropped is a hash of the seed, one int64: the gradient is the same of the output's gradient.
 Tensor drop(const Tensor& x, double dropout, const Tensor& seed) {
-  STD_TORCH_CHECK(numeric(x, 2) && dropout >= 0 && dropout < 1 && seed.scalar_type() == ScalarType::Long &&
-                      seed.numel() == 1,
-                  "sightline: expected x in float32 or bfloat16 (rows width), contiguous, dropout under 1 and one int64 "
-                  "as its seed");
+  STD_TORCH_CHECK(numeric(x, 2) && dropout >= 0 && dropout < 1 && seed.is_cpu() && seed.numel() == 1 &&
+                      seed.scalar_type() == ScalarType::Long,
+                  "sightline: expected x in float32 or bfloat16 (rows width), contiguous, dropout of at least 0 and "
+                  "below 1, and one int64 on the CPU as its seed");
   Dropping by = {(uint64_t) * (const int64_t*)seed.data_ptr(),
                  (uint32_t)std::min(dropout * 4294967296.0, 4294967295.0), (float)(1 / (1 - dropout))};
   Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type());
@@ -145,15 +145,17 @@ Tensor join(const Tensor& x, const Tensor& added) {
 Norm norm_of(const Tensor& x, const Tensor& weight, const Maybe& bias, double epsilon, bool centered) {
   STD_TORCH_CHECK(plain(x, 2) && plain(weight, 1) && weight.size(0) == x.size(1) &&
                       (!bias || (plain(*bias, 1) && bias->size(0) == x.size(1) && centered)),
-                  "sightline: x and the norm's weight must be float32 (rows width) and (width), contiguous, as a bias, "
-                  "which goes with a mean");
+                  "sightline: x (rows width), the norm's weight (width) and LayerNorm's bias (width) must be float32, "
+                  "contiguous, and RMSNorm has no bias");
   return {floats(weight), numbers(bias), (float)epsilon, centered, x.size(1)};
 }
+
+ScalarType product_type(bool half) { return half ? ScalarType::BFloat16 : ScalarType::Float; }
 
 // RMSNorm; `centered`: LayerNorm. `half`: in bfloat16.
 Tensor row_norm(const Tensor& x, const Tensor& weight, const Maybe& bias, double epsilon, bool centered, bool half) {
   Norm norm = norm_of(x, weight, bias, epsilon, centered);
-  Tensor out = empty({x.size(0), norm.width}, half ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor out = empty({x.size(0), norm.width}, product_type(half));
   const Kernels& kernels = *chosen.load();
   Blocks(x.size(0)).share(norm.width, 8, [&](int64_t, int64_t first, int64_t last, float*) {
     kernels.norm_rows(norm, floats(x) + first * norm.width, last - first, of(out).at(first * norm.width));
@@ -194,7 +196,8 @@ struct Joined {
       : batch(joined.size(0)), tokens(joined.size(1)), columns(joined.size(2)), of_queries(heads * width),
         of_keys(groups * width), queries{heads, width, numbers(query_norm), (float)epsilon},
         keys{groups, width, numbers(key_norm), (float)epsilon}, cosine(numbers(cosines)), sine(numbers(sines)) {
-    STD_TORCH_CHECK(numeric(joined, 3) && heads > 0 && groups > 0 && width > 0 && columns >= of_queries + of_keys,
+    STD_TORCH_CHECK(numeric(joined, 3) && heads > 0 && groups > 0 && width > 0 && columns / width >= heads &&
+                        columns / width - heads >= groups,
                     "sightline: expected float32 or bfloat16 (batch tokens columns), contiguous, with room for all heads");
     for (const Maybe* weight : {&query_norm, &key_norm})
       STD_TORCH_CHECK(!*weight || (plain(**weight, 1) && (*weight)->size(0) == width),
@@ -213,7 +216,6 @@ struct Joined {
 Tensor place(const Tensor& joined, int64_t heads, int64_t groups, int64_t width, const Maybe& query_norm,
              const Maybe& key_norm, double epsilon, const Maybe& cosine, const Maybe& sine) {
   Joined all(joined, heads, groups, width, query_norm, key_norm, epsilon, cosine, sine);
-  STD_TORCH_CHECK(cosine || (query_norm && key_norm), "sightline: there is nothing to do to queries and keys");
   Tensor out = empty({all.batch, all.tokens, heads + groups, width}, joined.scalar_type());
   Numbers from = of(joined), into = of(out);
   const Kernels& kernels = *chosen.load();
