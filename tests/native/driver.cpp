@@ -11,6 +11,7 @@ using namespace sightline;
 
 namespace sightline {
 extern const Kernels KERNELS;
+const bool fetches_near = false;
 }
 
 static const Kernels& kernels = KERNELS;

@@ -13,6 +13,9 @@
 #include "steps.h"
 
 namespace sightline {
+
+const bool fetches_near = has_roomy_cache();
+
 namespace {
 
 // ---- forward ----

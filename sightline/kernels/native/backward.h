@@ -16,6 +16,8 @@ namespace sightline {
 namespace {
 
 constexpr int64_t kBackTile = 128;
+// Tiles that stay together: what rows bring from far comes half as often.
+constexpr int kBeside = 4;
 // Weights of a block against a tile, (row, key). The odd line keeps keys of consecutive rows in different cache sets.
 constexpr int64_t kBackStride = kBackTile + 16;
 
@@ -36,23 +38,26 @@ struct BackScratch {
   Number *weights_across, *grads_across, *grads_along;
 };
 
+// Of `kBeside` tiles, which use what rows make of them one after the other.
 template <typename Number>
-static BackScratch<Number> carve_back(Scratch& scratch, const Call& call) {
-  BackScratch<Number> own;
+static void carve_back(Scratch& scratch, const Call& call, BackScratch<Number> (&tiles)[kBeside]) {
+  BackScratch<Number>& own = tiles[0];
   int64_t lines = own.kInPlace ? kBackRows : kRows;
   auto numbers = [&](int64_t n) { return (Number*)scratch.floats(n); };
-  own.keys = numbers(kBackTile * steps_of<Number>(call.width));
-  own.values = numbers(kBackTile * steps_of<Number>(call.value_width));
-  own.keys_along = numbers(kBackTile / kDeep<Number> * round_up(call.width, kPanel));
-  own.grad_keys = scratch.floats(kBackTile * round_up(call.width, kLanes));
-  own.grad_values = scratch.floats(kBackTile * padded_values(call));
   own.weights = scratch.floats(lines * kBackStride);
   own.grad_scores = scratch.floats(lines * kBackStride);
   own.cap = scratch.floats(call.softcap > 0 ? kBackTile : 0);
   own.weights_across = own.kInPlace ? (Number*)own.weights : numbers(kBackRows / 2 * kBackStride);
   own.grads_across = own.kInPlace ? (Number*)own.grad_scores : numbers(kBackRows / 2 * kBackStride);
   own.grads_along = own.kInPlace ? (Number*)own.grad_scores : numbers(kRows * kBackStride / 2);
-  return own;
+  for (BackScratch<Number>& tile : tiles) {
+    tile = own;
+    tile.keys = numbers(kBackTile * steps_of<Number>(call.width));
+    tile.values = numbers(kBackTile * steps_of<Number>(call.value_width));
+    tile.keys_along = numbers(kBackTile / kDeep<Number> * round_up(call.width, kPanel));
+    tile.grad_keys = scratch.floats(kBackTile * round_up(call.width, kLanes));
+    tile.grad_values = scratch.floats(kBackTile * padded_values(call));
+  }
 }
 
 static void plan_backward(const Call& call, BackwardPlan& plan) {
@@ -66,7 +71,10 @@ static void plan_backward(const Call& call, BackwardPlan& plan) {
 
 static int64_t backward_scratch(const Call& call) {
   Scratch count{nullptr};
-  by_number(call, [&](auto number) { carve_back<decltype(number)>(count, call); });
+  by_number(call, [&](auto number) {
+    BackScratch<decltype(number)> tiles[kBeside];
+    carve_back(count, call, tiles);
+  });
   return count.used;
 }
 
@@ -292,7 +300,8 @@ static void write_rows(Dtype dtype, const Strided& out, int64_t batch, int64_t h
 template <typename Number>
 static void differentiate_share(const Call& call, const BackwardPlan& plan, int64_t unit, float* at) {
   Scratch scratch{at};
-  BackScratch<Number> own = carve_back<Number>(scratch, call);
+  BackScratch<Number> tiles[kBeside];
+  carve_back(scratch, call, tiles);
   int64_t share = unit % plan.shares, group = unit / plan.shares % call.groups;
   int64_t batch = unit / plan.shares / call.groups, sharing = call.heads / call.groups;
   auto partial = [&](int64_t head) {
@@ -306,26 +315,38 @@ static void differentiate_share(const Call& call, const BackwardPlan& plan, int6
     if (plan.slopes) *to_slope(head) = 0;
   }
   int64_t wide = round_up(call.width, kLanes), values = padded_values(call);
-  for (int64_t first = share * kBackTile; first < call.keys; first += plan.shares * kBackTile) {
-    int64_t count = least(kBackTile, call.keys - first), packed = packed_keys(call, batch, first, kBackTile);
-    pack_as_columns(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys, kPanel);
-    pack_as_columns(call.dtype, call.value, batch, group, first, packed, call.value_width, 1.0f, own.values, kPanel);
-    pack_as_rows(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys_along,
-                 kBackTile / kDeep<Number> * kPanel);
-    clear(own.grad_keys, count * wide);
-    clear(own.grad_values, count * values);
+  int64_t apart = plan.shares * kBackTile;
+  for (int64_t begin = share * kBackTile; begin < call.keys; begin += kBeside * apart) {
+    auto each_tile = [&](auto work) {
+      for (int t = 0; t < kBeside; ++t) {
+        int64_t first = begin + t * apart, count = least(kBackTile, call.keys - first);
+        if (count > 0) work(tiles[t], first, count);
+      }
+    };
+    each_tile([&](BackScratch<Number>& own, int64_t first, int64_t count) {
+      int64_t packed = packed_keys(call, batch, first, kBackTile), panel = kBackTile / kDeep<Number> * kPanel;
+      pack_as_columns(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys, kPanel);
+      pack_as_columns(call.dtype, call.value, batch, group, first, packed, call.value_width, 1.0f, own.values, kPanel);
+      pack_as_rows(call.dtype, call.key, batch, group, first, packed, call.width, 1.0f, own.keys_along, panel);
+      clear(own.grad_keys, count * wide);
+      clear(own.grad_values, count * values);
+    });
     for (int64_t head = group * sharing; head < (group + 1) * sharing; ++head)
       for (int64_t i = 0; i < plan.blocks; ++i) {
         int64_t query = block_first(call, i), rows = block_first(call, i + 1) - query;
-        differentiate_block(Meeting<Number>{call, own, batch, head, first, count, query, rows,
-                                            packed_rows<Number>(call, plan, batch, head, i), partial(head),
-                                            to_slope(head)});
+        RowBlock<Number> block = packed_rows<Number>(call, plan, batch, head, i);
+        each_tile([&](BackScratch<Number>& own, int64_t first, int64_t count) {
+          differentiate_block(Meeting<Number>{call, own, batch, head, first, count, query, rows, block, partial(head),
+                                              to_slope(head)});
+        });
       }
     // In pairs the queries were not scaled.
-    write_rows(call.dtype, call.grad_key, batch, group, first, count, call.width, own.grad_keys, wide,
-               in_pairs(call) ? call.scale : 1.0f);
-    write_rows(call.dtype, call.grad_value, batch, group, first, count, call.value_width, own.grad_values, values,
-               1.0f);
+    float scale = in_pairs(call) ? call.scale : 1.0f;
+    each_tile([&](BackScratch<Number>& own, int64_t first, int64_t count) {
+      write_rows(call.dtype, call.grad_key, batch, group, first, count, call.width, own.grad_keys, wide, scale);
+      write_rows(call.dtype, call.grad_value, batch, group, first, count, call.value_width, own.grad_values, values,
+                 1.0f);
+    });
   }
 }
 

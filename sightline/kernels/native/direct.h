@@ -33,7 +33,7 @@ INLINE Rows<T> rows_of(const T* data, const Strided& of, int64_t columns, int64_
 }
 
 // What is read later, fetched line by line in the order of memory, which the sums here are not in: the CPU drops what
-// comes in bursts. Into L2, where more lines can be under way at once than into L1.
+// comes in bursts. Into L2, where most CPUs can have more lines under way at once than into L1.
 template <typename T>
 struct Ahead {
   const T* at;
@@ -41,7 +41,9 @@ struct Ahead {
   template <int kNumbers>
   inline __attribute__((always_inline)) void fetch() {
 #pragma GCC unroll 8
-    for (int i = 0; i < kNumbers; i += (int)(64 / sizeof(T))) __builtin_prefetch(at + column + i, 0, 2);
+    for (int i = 0; i < kNumbers; i += (int)(64 / sizeof(T)))
+      if (fetches_near) __builtin_prefetch(at + column + i, 0, 3);
+      else __builtin_prefetch(at + column + i, 0, 2);
     column += kNumbers;
     if (column >= columns) column = 0, at += row;
   }

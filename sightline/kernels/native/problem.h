@@ -14,6 +14,9 @@ constexpr int64_t kTile = 256;        // keys a tile: P of one row group (14 x 2
 constexpr int64_t kFoldQueries = 16;  // with at most so many queries, the heads of a group share a row group
 constexpr int64_t kNone = -1;         // no limit
 
+// What is fetched early goes into the first cache of this CPU, which has room for it, and not into the second.
+extern const bool fetches_near;
+
 // A tensor of (batch heads rows columns), any strides, in elements. No data: there is none.
 struct Strided {
   const void* data = nullptr;
