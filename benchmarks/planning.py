@@ -61,11 +61,11 @@ def kinds(shakespeare: Path, words: Path) -> dict[str, list[object]]:
 
 
 def minutes(shakespeare: Path, words: Path) -> dict[str, list[object]]:
-    """Runs of about a minute and a half: of steps, with evaluations and checkpoints, and within a time."""
+    """Runs of a minute and a half and more: of steps, with evaluations and checkpoints, and within a time."""
     return {
-        "steps alone": [words, "--steps", 420, "--evaluate-every", 1000, "--evaluate-batches", 8],
-        "evaluations": [shakespeare, "--tokenizer", "characters", "--recipe", "quick", "--steps", 1400,
-                        "--evaluate-every", 60],
+        "steps alone": [words, "--steps", 1000, "--evaluate-every", 1000, "--evaluate-batches", 8],
+        "evaluations": [shakespeare, "--tokenizer", "characters", "--recipe", "quick", "--steps", 5000,
+                        "--evaluate-every", 100],
         "a limit of time": [shakespeare, "--minutes", 1.5, "--evaluate-every", 20],
     }  # fmt: skip
 
