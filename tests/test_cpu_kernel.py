@@ -427,6 +427,38 @@ def test_a_hidden_key_never_wins_over_very_low_scores(instructions):
 
 
 @DTYPES
+@pytest.mark.parametrize("queries", [1, 20])
+def test_the_least_number_in_place_of_minus_infinity_hides(queries, dtype, instructions):
+    case = draw(queries=queries, keys=900, dtype=dtype)
+    first = 2 * TILE + 30  # two tiles and more hold nothing else
+    bias = torch.zeros(queries, 900)
+    bias[:, :first] = torch.finfo(dtype).min
+    seen = saw(case, Bias(bias), top=3)
+    rest = saw(Case(case.query, case.key[:, :, first:], case.value[:, :, first:]), top=3)
+    torch.testing.assert_close(seen.output, rest.output, atol=2 * torch.finfo(dtype).eps, rtol=0)
+    torch.testing.assert_close(seen.top_weights, rest.top_weights, atol=1e-5, rtol=1e-4)
+    assert torch.equal(seen.top_keys, rest.top_keys + first)
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [-1e30, -1e10, 1e10])
+def test_scores_that_a_bias_makes_all_alike(bias, dtype, instructions):
+    case = draw(queries=20, keys=600, dtype=dtype)
+    seen = saw(case, Bias(torch.full((20, 600), bias)))
+    exact = torch.full_like(seen.top_weights, 1 / 600)
+    torch.testing.assert_close(seen.top_weights, exact, atol=0, rtol=1e-5)
+    torch.testing.assert_close(seen.entropy, torch.full_like(seen.entropy, math.log(600)), atol=0, rtol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [0.0, -1e4, 1e6])
+def test_the_weight_of_an_only_key_is_one(bias, dtype, instructions):
+    case = draw(queries=300, keys=300, dtype=dtype)
+    mask = Allowed(torch.eye(300, dtype=torch.bool)) & Bias(torch.full((300, 300), bias))
+    torch.testing.assert_close(saw(case, mask, top=1).top_weights, torch.ones(2, 4, 300, 1), atol=2e-6, rtol=0)
+
+
+@DTYPES
 def test_what_an_earlier_call_left_behind_changes_nothing(dtype, instructions):
     case, mask = draw(queries=37, keys=291, dtype=dtype), Causal() & Padding([291, 101])
     first = everything(case, mask)

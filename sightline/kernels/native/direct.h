@@ -177,11 +177,6 @@ static void add_values(const Weight* weights, bool odd, const T* value, int64_t 
                                        ahead);
 }
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 // work(count) with the count of rows, 1 to kTogether, as a constant.
 template <typename Work>
 INLINE void by_count(int64_t count, const Work& work) {

@@ -62,8 +62,8 @@ inline const Kernels* best_kernels() {
 
 inline std::atomic<const Kernels*> chosen{best_kernels()};
 
-// CPUs whose first cache holds 48 KB fetch into it faster than into the second one: a Zen 5 does, its forerunner with 32
-// KB does not.
+// CPUs whose first cache holds 48 KB fetch into it faster than into the second one: a Zen 5 does, its forerunner with
+// 32 KB does not.
 inline bool has_roomy_cache() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   return sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;

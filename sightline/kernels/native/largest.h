@@ -45,7 +45,8 @@ struct Found {
 
 #if defined(__AVX512VBMI2__)
 #define EIGHT(n) n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7
-alignas(64) constexpr uint8_t kColumns[] = {EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)};
+alignas(64) constexpr uint8_t kColumns[] = {EIGHT(0),  EIGHT(8),  EIGHT(16), EIGHT(24),
+                                            EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)};
 #undef EIGHT
 #endif
 
@@ -108,7 +109,8 @@ static void put_in(const float* score, const int32_t* key, const float* turns, f
   for (int64_t v = 0; v < kRowStride; v += kLanes) {
     float *lists = best + v, *of_lists = (float*)keys + v;
     V own = load(turns + v), list[kTop + 1], of_list[kTop + 1];
-    for (int64_t i = 0; i < kTop; ++i) list[i] = load(lists + i * kRowStride), of_list[i] = load(of_lists + i * kRowStride);
+    for (int64_t i = 0; i < kTop; ++i)
+      list[i] = load(lists + i * kRowStride), of_list[i] = load(of_lists + i * kRowStride);
     auto put = [](V x, V of_x, V left, V of_left, V& place, V& of_place) {
       of_place = where_less(left, x, of_left, where_less(place, x, of_x, of_place));
       place = where_less(left, x, left, where_less(place, x, x, place));
@@ -127,7 +129,8 @@ static void put_in(const float* score, const int32_t* key, const float* turns, f
         store(at, place), store(of_at, of_place);
       }
     }
-    for (int64_t i = 0; i < kTop; ++i) store(lists + i * kRowStride, list[i]), store(of_lists + i * kRowStride, of_list[i]);
+    for (int64_t i = 0; i < kTop; ++i)
+      store(lists + i * kRowStride, list[i]), store(of_lists + i * kRowStride, of_list[i]);
   }
 }
 
@@ -136,8 +139,8 @@ static void put_in(const float* score, const int32_t* key, const float* turns, f
   (top == 8 ? put_in<8> : top == 16 ? put_in<16> : put_in<0>)(score, key, turns, best, keys, top);
 }
 
-// Of each row a score that at least `top` of its scores reach, or a little less: of the maxima of as many sets of keys
-// as `found` gets turns the `top`-th largest. -infinity where there are not so many.
+// Of each row a score that at least `top` of its scores reach, or a little less: of the maxima of kSets disjoint sets of
+// keys the `top`-th largest. -infinity where there are not so many. `found` is room for it.
 static void find_floors(const Maxima* maxima, int64_t count, int64_t top, Found& found, float* floors) {
   constexpr int kSets = 16, kVectors = kSets / kLanes;
   for (int r = 0; r < kRowStride; ++r) floors[r] = -kInfinity, found.turns[r] = 0;

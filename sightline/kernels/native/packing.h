@@ -115,6 +115,11 @@ static void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t colum
       }
 }
 
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 // A function object called with a pointer of the tensor's own type.
 template <typename Work>
 INLINE void by_dtype(Dtype dtype, const void* data, const Work& work) {

@@ -165,25 +165,23 @@ struct Sums {
 // Scores [begin, end) of a row, whole panels, become exponentials: in place with kKept, as bf16 in `rounded` with
 // kPairs. `away` is the query's position less the tile's first key; from `stop` on nothing is seen.
 //
-// Where no key that is seen lies after the query, |query - key| falls by kLanes from vector to vector, and the distance needs one
-// addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times. Where all keys lie far after
-// it, the same with the sign turned.
+// Where no key that is seen lies after the query, |query - key| falls by kLanes from vector to vector, and the distance
+// needs one addition a vector: the sum of the totals so far counts the u-th of n vectors n - u times. Where all keys lie
+// at least kTile after it, the same with the sign turned.
 template <bool kSeeing, bool kPairs, bool kKept>
 static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop, float shift, float away,
                          bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
-  const float unit = kPairs ? 1.44269504f : 1;  // pairs are counted in powers of two
-  auto step = [&](int64_t k) {
+  auto step = [&](int64_t k, auto near) {
     V x, p;
-#if defined(SIGHTLINE_DOT)
     if constexpr (kPairs) {
-      x = fma(load(scores + k), splat(unit), splat(-shift * unit));
-      if constexpr (kSeeing) x = max(splat(kLeastExponent * unit), x);
+#if defined(SIGHTLINE_DOT)
+      x = exponent_of_two<decltype(near)::value>(load(scores + k), shift);
+      if constexpr (kSeeing) x = max(splat(kLeastExponent * kLog2E), x);  // 0 * -infinity would be NaN
       p = exp2(x);
-    }
 #endif
-    if constexpr (!kPairs) {
-      x = max(splat(kLeastExponent), sub(load(scores + k), splat(shift)));  // 0 * -infinity would be NaN
+    } else {
+      x = max(splat(kLeastExponent), sub(load(scores + k), splat(shift)));
       p = exp(x);
     }
     if constexpr (kKept) store(scores + k, p);
@@ -191,14 +189,19 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop
     if constexpr (kSeeing) moment = fma(p, x, moment);
     return p;
   };
-  auto sweep = [&](auto see) {
+  auto sweep_so = [&](auto see, auto near) {
     for (int64_t k = begin; k < end; k += kPanel) {
-      V p = step(k);
+      V p = step(k, near);
       see(p);
-      V q = step(k + kLanes);
+      V q = step(k + kLanes, near);
       see(q);
       if constexpr (kPairs) store(rounded + k, p, q);
     }
+  };
+  auto sweep = [&](auto see) {
+    if (kPairs && -kNearShift <= shift && shift <= kNearShift) sweep_so(see, Constant<1>{});
+    else sweep_so(see, Constant<0>{});
+    if constexpr (kPairs) moment = mul(moment, splat(1 / kLog2E));
   };
   if constexpr (!kSeeing) {
     sweep([](V) {});
@@ -206,13 +209,13 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop
   }
   float counted[kLanes];
   bool after = away + kTile <= (float)begin;
-  if (after || away >= (float)(stop - 1)) {
+  if (after || away >= (float)(least(stop, end) - 1)) {
     V totals = zero();
     sweep([&](V) { totals = add(totals, total); });
     for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(end + i);  // of a vector behind the last
     distance = fma(splat((float)kLanes), totals, mul(total, load(counted)));
     if (after) distance = sub(zero(), distance);
-    return {total, mul(moment, splat(1 / unit)), distance};
+    return {total, moment, distance};
   }
   for (int i = 0; i < kLanes; ++i) counted[i] = away - (float)(begin + i);
   V lane = load(counted);
@@ -220,7 +223,7 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop
     distance = fma(p, abs(lane), distance);
     lane = sub(lane, splat((float)kLanes));
   });
-  return {total, mul(moment, splat(1 / unit)), distance};
+  return {total, moment, distance};
 }
 
 // A row's sums so far, relative to `was`, become relative to `now` by `factor` = e^(was - now) and get more.

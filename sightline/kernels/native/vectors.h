@@ -315,18 +315,28 @@ INLINE V exp(V x) {
   return scale_by_power(y, n, x);
 }
 
+constexpr float kLog2E = 1.44269504f, kNearShift = 16;
+
 #if defined(SIGHTLINE_DOT)
-// 2^x for what is rounded to bf16: within 1.5e-7 of it. x = n + f with 0 <= f < 1, of which `reduce` and `scalef` know n
-// by themselves; of -infinity they make 0, and NaN stays.
+// 2^x for what is rounded to bf16: within 1.5e-7 of it, 1 for 0. x = n + f with 0 <= f < 1, of which `reduce` and
+// `scalef` know n by themselves; of -infinity they make 0, and NaN stays.
 INLINE V exp2(V x) {
   V f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  V y = splat(1.87757809e-3f);
-  y = fma(y, f, splat(8.98934249e-3f));
-  y = fma(y, f, splat(5.58263101e-2f));
-  y = fma(y, f, splat(2.40153626e-1f));
-  y = fma(y, f, splat(6.93153083e-1f));
-  y = fma(y, f, splat(0.99999994f));
+  V y = splat(1.86713808e-3f);
+  y = fma(y, f, splat(9.01701301e-3f));
+  y = fma(y, f, splat(5.57999238e-2f));
+  y = fma(y, f, splat(2.40164444e-1f));
+  y = fma(y, f, splat(6.93151295e-1f));
+  y = fma(y, f, splat(1.0f));
   return _mm512_scalef_ps(y, x);
+}
+
+// (x - shift) log2 e. kNear: in one multiply-add, which rounds the shift's part alone: fit for shifts up to kNearShift,
+// where that is less than 1e-6; of larger ones it might be more than everything else.
+template <bool kNear>
+INLINE V exponent_of_two(V x, float shift) {
+  if constexpr (kNear) return fma(x, splat(kLog2E), splat(-shift * kLog2E));
+  else return mul(sub(x, splat(shift)), splat(kLog2E));
 }
 #endif
 
