@@ -172,7 +172,7 @@ template <bool kSeeing, bool kPairs, bool kKept>
 static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop, float shift, float away,
                          bfloat16* rounded) {
   V total = zero(), moment = zero(), distance = zero();
-  auto step = [&](int64_t k, auto near) {
+  auto step = [&](int64_t k, [[maybe_unused]] auto near) {
     V x, p;
     if constexpr (kPairs) {
 #if defined(SIGHTLINE_DOT)
@@ -199,9 +199,10 @@ static Sums exponentiate(float* scores, int64_t begin, int64_t end, int64_t stop
     }
   };
   auto sweep = [&](auto see) {
-    if (kPairs && -kNearShift <= shift && shift <= kNearShift) sweep_so(see, Constant<1>{});
+    if constexpr (!kPairs) return sweep_so(see, Constant<0>{});
+    if (-kNearShift <= shift && shift <= kNearShift) sweep_so(see, Constant<kPairs>{});
     else sweep_so(see, Constant<0>{});
-    if constexpr (kPairs) moment = mul(moment, splat(1 / kLog2E));
+    moment = mul(moment, splat(1 / kLog2E));
   };
   if constexpr (!kSeeing) {
     sweep([](V) {});
