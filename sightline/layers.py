@@ -280,8 +280,9 @@ class MultiHeadAttention(nn.Module):
     def _places(self) -> bool:
         """Whether norms and rotary positions are what the kernel knows."""
         norms = [norm for norm in (self.query_norm, self.key_norm) if norm is not None]
-        known = all(norm.weight is not None and norm.eps == self.norm_epsilon for norm in norms)
-        return known and plain(*norms, self.rotary)
+        if not plain(*norms, self.rotary):
+            return False
+        return all(norm.weight is not None and norm.eps == self.norm_epsilon for norm in norms)
 
     def _norms(self) -> tuple[Tensor | None, Tensor | None]:
         """The weights of both norms."""

@@ -35,7 +35,8 @@ class RMSNorm(nn.RMSNorm):
 
 def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
     """x by the norm, if there is one: in the norm's dtype, where under autocast maps gave another."""
-    return x if norm is None else norm(x if norm.weight is None else x.to(norm.weight.dtype))
+    weight = getattr(norm, "weight", None)  # a module in the norm's place may have none
+    return x if norm is None else norm(x if weight is None else x.to(weight.dtype))
 
 
 def forwards(*kinds: type[nn.Module]) -> dict[type[nn.Module], Callable[..., Any]]:

@@ -1,5 +1,6 @@
 """The course of a run: limits of time, Ctrl-C and going on, losses that are no number, advice, kills."""
 
+import itertools
 import json
 import os
 import re
@@ -26,18 +27,20 @@ from sightline.training import Diverged, Interrupted, fit
 class Clock:
     """Time that passes only when training or evaluating."""
 
-    def __init__(self, monkeypatch, step_seconds, evaluation_seconds):
+    def __init__(self, monkeypatch, step_seconds, evaluation_seconds, *, stalled=0.0):
+        """The third step takes `stalled` seconds more."""
         self.now = 100.0
         for module in (loop, trainer):
             monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
-        self._slow(monkeypatch, "_gradients", step_seconds)
-        self._slow(monkeypatch, "evaluate", evaluation_seconds)
+        step = itertools.chain([step_seconds] * 2, [step_seconds + stalled], itertools.repeat(step_seconds))
+        self._slow(monkeypatch, "_gradients", step)
+        self._slow(monkeypatch, "evaluate", itertools.repeat(evaluation_seconds))
 
     def _slow(self, monkeypatch, name, seconds):
         original = getattr(trainer.Trainer, name)
 
         def slow(trainer):
-            self.now += seconds
+            self.now += next(seconds)
             return original(trainer)
 
         monkeypatch.setattr(trainer.Trainer, name, slow)
@@ -54,6 +57,13 @@ def test_a_run_ends_inside_its_time_and_cools_down(tmp_path, monkeypatch, evalua
     rates = [event.learning_rate for event in events if isinstance(event, Stepped)]
     assert rates[-1] < 0.1 * config.learning_rate
     assert max(rates) == config.learning_rate
+
+
+def test_a_step_that_stood_still_takes_no_more_than_its_time(tmp_path, monkeypatch):
+    Clock(monkeypatch, 0.5, 0.1, stalled=15.0)
+    result = fit(decoder(), DATA, tmp_path, replace(CONFIG, steps=None, minutes=1.0, evaluate_every=30))
+    assert result.stopped == "minutes"
+    assert 55 < result.seconds <= 60
 
 
 def test_a_limit_of_steps_can_come_first(tmp_path, monkeypatch):

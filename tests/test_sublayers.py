@@ -220,6 +220,15 @@ def test_gradients_in_a_batch_are_those_one_by_one(norm_first):
     torch.testing.assert_close(slopes(True), slopes(False))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_no_norm_may_stand_in_a_norms_place(training):
+    plain, block = make_block(), make_block(attention={"query_key_norm": True})
+    block.load_state_dict(plain.state_dict(), strict=False)
+    block.attention.query_norm = block.attention.key_norm = nn.Identity()
+    x = drawn(2, 9, 32)
+    torch.testing.assert_close(block.train(training)(x), plain.train(training)(x))
+
+
 def other(block: Block, name: str, *, dtype: torch.dtype = torch.bfloat16) -> Block:
     """The block with one parameter of another dtype."""
     module, _, last = name.rpartition(".")
