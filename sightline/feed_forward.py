@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline import passes, sublayers
-from sightline.kernels import cpu
+from sightline.kernels import products
 from sightline.rows import joined_map, kernel_maps, linear_maps, plain
 
 Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = () if self.gate is None else (self.gate,)
         if self.activation in (F.silu, F.relu) and (maps := kernel_maps(x, self.up, self.down, *gate)) is not None:
-            return cpu.feed_forward(x, *maps)
+            return products.feed_forward(x, *maps)
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
             hidden = passes.activated(self.activation, up)

@@ -13,7 +13,7 @@ from sightline import passes, sublayers
 from sightline.attention import attention, check_dropout, observe
 from sightline.cache import Cache
 from sightline.feed_forward import FeedForward
-from sightline.kernels import cpu
+from sightline.kernels import cpu, products
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm, forwards, is_own, joined_map, kernel_maps, linear_maps, normed, plain
@@ -215,9 +215,9 @@ class MultiHeadAttention(nn.Module):
         stop = start + x.shape[1] if alone else start
         room = cache.room(self.layer, len(x), stop - start)
         norms = self._norms()
-        if room is None or not cpu.projects(x, *room, *norms):
+        if room is None or not products.projects(x, *room, *norms):
             return None
-        return cpu.attend(
+        return products.attend(
             x,
             maps,
             norms=norms,

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from sightline.kernels import cpu
-from sightline.kernels.cpu import rows_of
+from sightline.kernels.products import rows_of
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

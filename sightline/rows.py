@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sightline import passes
-from sightline.kernels import cpu
+from sightline.kernels import products
 from sightline.positions import Rotary
 
 
@@ -28,8 +28,8 @@ class RMSNorm(nn.RMSNorm):
         if self.weight is None or self.weight.shape != x.shape[-1:]:
             return super().forward(x)
         epsilon = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if cpu.projects(x, self.weight):
-            return cpu.norm(x, self.weight, epsilon)
+        if products.projects(x, self.weight):
+            return products.norm(x, self.weight, epsilon)
         return passes.rms_norm(x, self.weight, epsilon)
 
 
@@ -50,7 +50,7 @@ _OURS = forwards(nn.Linear, RMSNorm, Rotary)
 def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
     """What each of up to three maps makes of x; of few rows all of them together."""
     maps = kernel_maps(x, *linears)
-    return [linear(x) for linear in linears] if maps is None else cpu.project(x, *maps)
+    return [linear(x) for linear in linears] if maps is None else products.project(x, *maps)
 
 
 def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
@@ -67,15 +67,15 @@ def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
     """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
-    return cpu.project(x, (weight, None))[0] if cpu.projects(x, weight) else F.linear(x, weight)
+    return products.project(x, (weight, None))[0] if products.projects(x, weight) else F.linear(x, weight)
 
 
-def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[cpu.Map] | None:
+def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[products.Map] | None:
     """The maps for the kernel to compute in their place; None unless x has few rows, and nobody else has a say."""
     if not plain(*linears):
         return None
-    maps: list[cpu.Map] = [(linear.weight, linear.bias) for linear in linears]
-    return maps if cpu.projects(x, *[weight for weight, _ in maps]) else None
+    maps: list[products.Map] = [(linear.weight, linear.bias) for linear in linears]
+    return maps if products.projects(x, *[weight for weight, _ in maps]) else None
 
 
 def plain(*modules: nn.Module | None) -> bool:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline import passes
 from sightline.kernels import cpu
-from sightline.kernels.cpu import rows_of
+from sightline.kernels.products import rows_of
 from sightline.passes import shaped_like
 from sightline.rows import RMSNorm, forwards, is_own
 

@@ -67,7 +67,7 @@ ROWS = [
     {"rows"},
     {"passes"},
     {"cache", "positions", "losses", "counts", "huggingface.interface"},
-    {"attention", "huggingface.recipes"},
+    {"attention", "huggingface.recipes", "kernels.products"},
     {"observation"},
     {"masks", "kernels.cpu", "kernels.reference", "kernels.sdpa", "kernels.tiled", "batches"},
     {"encoding", "files", "pairs"},

@@ -11,7 +11,7 @@ from sightline.cache import Cache
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.feed_forward import FeedForward
 from sightline.generation import SampleConfig, sample_tokens
-from sightline.kernels import cpu
+from sightline.kernels import cpu, products
 from sightline.layers import MultiHeadAttention
 from sightline.masks import Causal, Padding
 from sightline.models import Decoder, DecoderConfig
@@ -37,7 +37,7 @@ def test_each_map_is_as_accurate_as_the_librarys(rows, depth, instructions):
     ]
     for given in (maps, maps[:2], maps[:1]):
         errors = {"ours": 1e-7, "library": 0.0}
-        for result, (weight, bias) in zip(cpu.project(x, *given), given, strict=True):
+        for result, (weight, bias) in zip(products.project(x, *given), given, strict=True):
             exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
             assert result.shape == exact.shape
             for name, tried in (("ours", result), ("library", F.linear(x, weight, bias))):
@@ -51,9 +51,9 @@ def test_rows_may_share_memory_or_lie_apart(instructions):
     for x in (drawn(9).expand(3, 9), drawn(3, 18)[:, ::2], drawn(9, 3).T):
         held = x.contiguous()
         for of in (
-            lambda x: cpu.norm(x, weight, 1e-6),
-            lambda x: cpu.project(x, (up, None))[0],
-            lambda x: cpu.feed_forward(x, (up, None), (down, None)),
+            lambda x: products.norm(x, weight, 1e-6),
+            lambda x: products.project(x, (up, None))[0],
+            lambda x: products.feed_forward(x, (up, None), (down, None)),
         ):
             assert torch.equal(of(x), of(held))
 
@@ -61,10 +61,10 @@ def test_rows_may_share_memory_or_lie_apart(instructions):
 @torch.no_grad()
 def test_a_rows_bits_are_its_own(instructions):
     x, weight = drawn(8, 100), drawn(130, 100, seed=1)
-    (together,) = cpu.project(x, (weight, None))
+    (together,) = products.project(x, (weight, None))
     for row in range(8):
-        assert torch.equal(cpu.project(x[row], (weight, None))[0], together[row])
-    beside = cpu.project(x, (weight[:33], None), (weight[33:], None))
+        assert torch.equal(products.project(x[row], (weight, None))[0], together[row])
+    beside = products.project(x, (weight[:33], None), (weight[33:], None))
     assert torch.equal(torch.cat(tuple(beside), dim=-1), together)
 
 
@@ -78,16 +78,16 @@ def test_leading_axes_stay():
 
 def test_only_few_rows_in_float32_without_a_gradient():
     weight = drawn(5, 16)
-    assert not cpu.projects(drawn(1, 16), weight)  # a gradient may be wanted
+    assert not products.projects(drawn(1, 16), weight)  # a gradient may be wanted
     with torch.no_grad():
-        assert cpu.projects(drawn(8, 16), weight)
-        assert not cpu.projects(drawn(9, 16), weight)
-        assert not cpu.projects(drawn(0, 16), weight)
-        assert not cpu.projects(drawn(1, 16).double(), weight.double())
-        assert not cpu.projects(drawn(1, 16), weight.bfloat16())
-        assert not cpu.projects(drawn(1, 16), drawn(16, 5).T)
+        assert products.projects(drawn(8, 16), weight)
+        assert not products.projects(drawn(9, 16), weight)
+        assert not products.projects(drawn(0, 16), weight)
+        assert not products.projects(drawn(1, 16).double(), weight.double())
+        assert not products.projects(drawn(1, 16), weight.bfloat16())
+        assert not products.projects(drawn(1, 16), drawn(16, 5).T)
         with torch.autocast("cpu"):
-            assert not cpu.projects(drawn(1, 16), weight)
+            assert not products.projects(drawn(1, 16), weight)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_the_same_tokens_with_the_kernel_and_without(kind, monkeypatch):
     model = Decoder(getattr(DecoderConfig, kind)(vocabulary=50, context=64, d_model=32, num_layers=2)).eval()
     greedy = SampleConfig(tokens=40, top_k=1)
     tokens = list(sample_tokens(model, [1, 2, 3], greedy))
-    monkeypatch.setattr(cpu, "projects", lambda *_: False)
+    monkeypatch.setattr(products, "projects", lambda *_: False)
     assert list(sample_tokens(model, [1, 2, 3], greedy)) == tokens
 
 
@@ -155,7 +155,7 @@ def test_a_norm_of_other_axes_or_without_a_weight_is_torchs(rows, gradient):
 @pytest.mark.parametrize(("rows", "d_ff", "bias"), [(1, 33, True), (8, 70, False), (3, 5, True)])
 def test_a_feed_forward_is_its_definition(rows, d_ff, bias, activation, instructions):
     layer, x = FeedForward(19, d_ff, activation=activation, bias=bias), 4 * drawn(rows, 19)
-    assert cpu.projects(x, layer.up.weight)
+    assert products.projects(x, layer.up.weight)
     torch.testing.assert_close(layer(x).double(), layer.double()(x.double()), rtol=1e-5, atol=1e-6)
 
 
@@ -163,8 +163,10 @@ def test_a_feed_forward_is_its_definition(rows, d_ff, bias, activation, instruct
 def test_an_activation_knows_great_numbers_and_none(instructions):
     x = torch.tensor([[0.0], [90.0], [-90.0], [1e4], [-1e4], [torch.nan]])
     one = (torch.ones(1, 1), None)
-    for gate, exact in ((one, F.silu(x) * x), (cpu.NO_MAP, F.relu(x))):
-        torch.testing.assert_close(cpu.feed_forward(x, one, one, gate), exact, rtol=1e-6, atol=1e-30, equal_nan=True)
+    for gate, exact in ((one, F.silu(x) * x), (products.NO_MAP, F.relu(x))):
+        torch.testing.assert_close(
+            products.feed_forward(x, one, one, gate), exact, rtol=1e-6, atol=1e-30, equal_nan=True
+        )
 
 
 KINDS = {
@@ -195,8 +197,8 @@ def steps(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_step_by_step_is_the_whole(kind, tokens, instructions, monkeypatch):
-    attend = Mock(wraps=cpu.attend)
-    monkeypatch.setattr(cpu, "attend", attend)
+    attend = Mock(wraps=products.attend)
+    monkeypatch.setattr(products, "attend", attend)
     whole, stepped = steps(kind, tokens)
     assert attend.call_count == 8 // tokens
     torch.testing.assert_close(stepped.double(), whole, rtol=1e-5, atol=1e-6)
@@ -249,7 +251,7 @@ def test_who_listens_to_a_step_is_called(listening, monkeypatch):
         layer.observer = lambda query, *_, **__: heard.append(1) or query
     elif listening != "mask":
         getattr(layer, listening).register_forward_hook(lambda *_: heard.append(1))
-    monkeypatch.setattr(cpu, "attend", lambda *_, **__: pytest.fail("passed over"))
+    monkeypatch.setattr(products, "attend", lambda *_, **__: pytest.fail("passed over"))
     layer(drawn(1, 1, 24), mask=given, cache=cache)
     assert heard or listening == "mask"
 
@@ -266,7 +268,7 @@ def test_a_step_beyond_the_room_is_refused():
     room = torch.zeros(1, 4, 3, 6)
     query = (layer.query.weight, layer.query.bias)
     with pytest.raises(RuntimeError, match="do not belong together"):
-        cpu.attend(
+        products.attend(
             drawn(1, 2, 24), [query] * 4, norms=(None, None), epsilon=0.0, tables=None,
             room=(room, room), start=2, masks=cpu.Masks(),
         )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Linear maps of few rows, and a layer's work on them, by the native kernel.
+
+The operators `sightline::project` (linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sightline.kernels import cpu
+
+FEW_ROWS = 8
+"""So many rows of a linear map read its weights faster here than in a matrix product by the library."""
+
+Map = tuple[Tensor, Tensor | None]
+"""A linear map: its weight (columns depth) and its bias."""
+NO_MAP = (None, None)
+
+
+def projects(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if cpu.MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
+        return False
+    return all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
+
+
+def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
+    """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
+    arguments = [part for weight_and_bias in maps for part in weight_and_bias]
+    joined = torch.ops.sightline.project.default(rows_of(x), *arguments, *(None,) * (6 - len(arguments)))
+    joined = joined.view(*x.shape[:-1], -1)
+    return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (... width) as (rows width), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, where `projects` says so."""
+    return torch.ops.sightline.norm.default(rows_of(x), weight, epsilon).view_as(x)
+
+
+def feed_forward(x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP) -> Tensor:
+    """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so."""
+    return torch.ops.sightline.feed_forward.default(rows_of(x), *gate, *up, *down).view_as(x)
+
+
+def attend(
+    x: Tensor,
+    maps: Sequence[Map],
+    *,
+    norms: tuple[Tensor | None, Tensor | None],
+    epsilon: float,
+    tables: tuple[Tensor, Tensor] | None,
+    room: tuple[Tensor, Tensor],
+    start: int,
+    masks: cpu.Masks,
+) -> Tensor:
+    """Attention of few tokens (batch tokens depth) that follow `start` others, with its linear maps.
+
+    The maps are to queries, to the output, and to keys and values, which are put into the room (batch groups capacity
+    width); without the last two all keys are there already. `norms` and `tables` (cosine and sine, `Rotary`'s) are of
+    queries and keys. Where `projects` says so.
+    """
+    query, output, key, value = (*maps, NO_MAP, NO_MAP)[:4]
+    before, after = (-1 if limit is None else limit for limit in masks[:2])
+    joined = torch.ops.sightline.attend.default(
+        x.contiguous(), *query, *key, *value, *output, *norms, epsilon, *(tables or (None, None)), *room, start,
+        None if masks.lengths is None else masks.lengths.to(torch.int64).contiguous(),
+        None if masks.slopes is None else masks.slopes.to(torch.float32).contiguous(),
+        before, after,
+    )  # fmt: skip
+    return joined.view(*x.shape[:-1], -1)
+
+
+if not cpu.MISSING:
+
+    @torch.library.register_fake("sightline::project")
+    def _(x: Tensor, *maps: Tensor | None) -> Tensor:
+        return x.new_empty(len(x), sum(len(weight) for weight in maps[::2] if weight is not None))
