@@ -50,7 +50,7 @@ def _machine() -> dict[str, str]:
     facts["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
     native = "in hardware" if has_bfloat16(torch.device("cpu")) else "emulated: training takes float32"
     facts["bfloat16 on the CPU"] = native
-    facts |= _native()
+    facts |= _native() | {"products in float32": _multiplier()}
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     return facts
 
@@ -68,6 +68,15 @@ def _native() -> dict[str, str]:
         "native CPU kernel": f"built for {', '.join(build.instruction_sets())}; this CPU has {', '.join(here)}",
         "its instructions": f"{cpu.instructions()}{change}",
     }
+
+
+def _multiplier() -> str:
+    name = cpu.multiplier()
+    others = [other for other in cpu.multipliers() if other != name]
+    why = " (torch takes MKL, which keeps to AVX2 here)" if name == "onednn" else ""
+    return (
+        name + why + "".join(f'; sightline.kernels.cpu.use_multiplier("{other}") takes the other' for other in others)
+    )
 
 
 def _choices() -> dict[str, Choice]:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from sightline.kernels import cpu
-from sightline.kernels.products import rows_of
+from sightline.kernels.products import rows_of, transformed
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -49,9 +48,7 @@ def served(x: Tensor, *weights: Tensor | None) -> bool:
     x in float32 or bfloat16, as autocast has it, weights in float32; not under autocast to anything else. With a
     gradient or without: what is dropped must be the same where a step is computed again.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return False
     if cpu.MISSING or type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or not x.numel():
         return False

@@ -1,7 +1,7 @@
 """Linear maps and norms; of few rows, as when one token is written, by the native kernel.
 
-A library's matrix product packs, or reads weights at a third of what memory gives; few rows are all reading. Knows
-nothing of attention.
+A library's matrix product packs, or reads weights at a third of what memory gives; few rows are all reading. Of many
+rows it is the library's, where torch has two the faster one. Knows nothing of attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,13 @@ _OURS = forwards(nn.Linear, RMSNorm, Rotary)
 def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
     """What each of up to three maps makes of x; of few rows all of them together."""
     maps = kernel_maps(x, *linears)
-    return [linear(x) for linear in linears] if maps is None else products.project(x, *maps)
+    return [_mapped(x, linear) for linear in linears] if maps is None else products.project(x, *maps)
+
+
+def _mapped(x: Tensor, linear: nn.Linear) -> Tensor:
+    if plain(linear) and products.multiplies(x, linear.weight, linear.bias):
+        return products.multiply(x, linear.weight, linear.bias)
+    return linear(x)
 
 
 def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
@@ -67,7 +73,9 @@ def joined_map(x: Tensor, *linears: nn.Linear) -> Tensor:
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
     """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
-    return products.project(x, (weight, None))[0] if products.projects(x, weight) else F.linear(x, weight)
+    if products.projects(x, weight):
+        return products.project(x, (weight, None))[0]
+    return products.multiply(x, weight, None) if products.multiplies(x, weight, None) else F.linear(x, weight)
 
 
 def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[products.Map] | None:

@@ -39,3 +39,12 @@ def instructions(request):
     cpu.use_instructions(request.param)
     yield request.param
     cpu.use_instructions(before)
+
+
+@pytest.fixture(params=cpu.multipliers())
+def multiplier(request):
+    """Each library that multiplies matrices in float32 here, in use for a test."""
+    before = cpu.multiplier()
+    cpu.use_multiplier(request.param)
+    yield request.param
+    cpu.use_multiplier(before)

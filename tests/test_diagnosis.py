@@ -21,6 +21,11 @@ def test_it_says_what_was_built_and_what_is_in_use():
         cpu.use_instructions(before)
 
 
+def test_it_says_who_multiplies(multiplier):
+    fact = doctor().machine["products in float32"]
+    assert fact.startswith(f"{multiplier}") and ("use_multiplier" in fact) == (len(cpu.multipliers()) > 1)
+
+
 @pytest.mark.parametrize(("compiler", "says"), [("/usr/bin/g++", "/usr/bin/g++ is here"), (None, "install g++")])
 def test_without_it_it_says_how_to_get_it(compiler, says, monkeypatch):
     monkeypatch.setattr(cpu, "MISSING", f"the native kernel is not built; {cpu.HOW_TO_GET_IT}")

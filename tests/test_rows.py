@@ -69,6 +69,75 @@ def test_a_rows_bits_are_its_own(instructions):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 7, 515])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_as_accurate_as_torchs(depth, bias, multiplier):
+    """Of any strides. oneDNN adds a row up in one chain and MKL in several, so that its error may be twice theirs."""
+    added = drawn(37, seed=2) if bias else None
+    for left in (drawn(130, depth), drawn(depth, 130).T, drawn(130, 2 * depth)[:, ::2]):
+        for right in (drawn(37, depth, seed=1).T, drawn(depth, 37, seed=1)):
+            result = torch.ops.sightline.multiply(left, right, added)
+            exact = F.linear(left.double(), right.T.double(), None if added is None else added.double())
+            of_torch = F.linear(left, right.T, added)
+            assert result.shape == exact.shape and result.is_contiguous()
+            assert (result - exact).abs().max() <= 4 * (of_torch - exact).abs().max() + 1e-6
+
+
+@torch.no_grad()
+def test_a_product_of_nothing_is_the_bias(multiplier):
+    assert torch.ops.sightline.multiply(drawn(0, 5), drawn(5, 3), None).shape == (0, 3)
+    assert torch.equal(torch.ops.sightline.multiply(drawn(2, 0), drawn(0, 3), torch.ones(3)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "bias"),
+    [
+        (drawn(2, 3), drawn(4, 5), None),
+        (drawn(2, 3), drawn(3, 5).double(), None),
+        (drawn(3), drawn(3, 5), None),
+        (drawn(2, 3), drawn(3, 5), drawn(4)),
+        (drawn(2, 3), drawn(3, 5), drawn(5).double()),
+        (drawn(2, 3), drawn(3, 5), drawn(1, 5)),
+    ],
+)
+def test_a_product_of_what_does_not_belong_together_is_refused(left, right, bias, multiplier):
+    with pytest.raises(RuntimeError, match=r"sightline: (the shapes or dtypes of a product|a bias must have)"):
+        torch.ops.sightline.multiply(left, right, bias)
+
+
+def test_only_a_multiplier_that_is_there():
+    with pytest.raises(ValueError, match=r"multiplier must be one of torch.* here, got 'abacus'"):
+        cpu.use_multiplier("abacus")
+
+
+@torch.no_grad()
+def test_many_rows_are_the_modules(multiplier, monkeypatch):
+    """Maps and scores of many rows, by the multiplier in use where it is not torch's own choice."""
+    multiply = Mock(wraps=products.multiply)
+    monkeypatch.setattr(products, "multiply", multiply)
+    x, linear, other = drawn(2, 50, 16), nn.Linear(16, 5), nn.Linear(16, 7, bias=False)
+    for result, module in zip(linear_maps(x, linear, other), (linear, other), strict=True):
+        torch.testing.assert_close(result, module(x))
+    torch.testing.assert_close(scores(x, other.weight), other(x))
+    assert multiply.call_count == (0 if multiplier == "torch" else 3)
+    seen = []
+    linear.register_forward_hook(lambda *_: seen.append("hook"))
+    linear_maps(x, linear)
+    with torch.enable_grad():
+        assert linear_maps(x, other)[0].requires_grad
+    linear_maps(x.double(), other.double())
+    assert seen == ["hook"] and multiply.call_count == (0 if multiplier == "torch" else 3)
+
+
+@torch.no_grad()
+def test_rows_go_through_transforms(multiplier):
+    x, linear = drawn(3, 20, 16), nn.Linear(16, 5)
+    one_by_one = torch.func.vmap(lambda x: linear_maps(x, linear)[0])
+    torch.testing.assert_close(one_by_one(x), linear(x))
+    torch.testing.assert_close(one_by_one(x[:, :1]), linear(x[:, :1]))
+
+
+@torch.no_grad()
 def test_leading_axes_stay():
     x, linear = drawn(2, 3, 16), nn.Linear(16, 5)
     (result,) = linear_maps(x, linear)

@@ -72,7 +72,7 @@ def assert_as_accurate(tried, known, true, *, largest: float, mean: float):
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_is_that_of_the_modules(name, half, instructions, monkeypatch):
+def test_a_step_is_that_of_the_modules(name, half, instructions, multiplier, monkeypatch):
     block, x = make_block(**SETTINGS[name]), drawn(3, 45, 32)
     exact = step(copy.deepcopy(block).double(), x.double(), half=False)
     known = by_modules(monkeypatch, block, x, half=half, by=passes)

@@ -2,9 +2,9 @@
 
 The library is built by `python -m sightline.kernels.build` and loaded here if it is there; it is these torch operators:
 `sightline::forward` and `sightline::backward`, joined by an autograd function, `sightline::observe`, `sightline::pool`.
-Its others are called by `sightline.kernels.products` (few rows: `project`, `norm`, `feed_forward`, `attend`), by
-`sightline.passes` (what a training step takes between its products: `bend`, `drop`, `row_norm`, `place`) and by
-`sightline.sublayers` (with the products: `heads`, `write`, `feed`).
+Its others are called by `sightline.kernels.products` (`multiply`, and for few rows `project`, `norm`, `feed_forward`,
+`attend`), by `sightline.passes` (what a training step takes between its products: `bend`, `drop`, `row_norm`, `place`)
+and by `sightline.sublayers` (with the products: `heads`, `write`, `feed`).
 (Registering the gradient with the operator costs every call ten times what the function costs a differentiated one.)
 Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed in float32.
 """
@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = (
     "forward", "backward", "observe", "pool", "project", "norm", "feed_forward", "attend", "place", "drop", "row_norm",
-    "heads", "write", "feed",
+    "heads", "write", "feed", "multiply",
 )  # fmt: skip
 NEWEST_ARGUMENT = "segments"
 """Of the operators, the one that came last: tells a library of older sources."""
@@ -92,6 +92,31 @@ def use_instructions(name: str) -> None:
     if name not in available():
         raise ValueError(f"instructions must be one of {', '.join(available()) or 'none'} here, got {name!r}")
     _library.sightline_use_instructions(name.encode())
+
+
+def multipliers() -> list[str]:
+    """Who can multiply matrices in float32 here: "torch" and, where torch has it and there is a library, "onednn"."""
+    return ["torch", "onednn"] if _library is not None and _library.sightline_has_onednn() else ["torch"]
+
+
+def multiplier() -> str:
+    """Who does: "torch", by whichever library it takes itself, or "onednn".
+
+    At first "onednn" on AMD's CPUs since family 26 (Zen 5): torch takes MKL, which keeps to AVX2 on AMD's.
+    """
+    return "onednn" if _library is not None and _library.sightline_by_onednn() else "torch"
+
+
+def use_multiplier(name: str) -> None:
+    """Have another one multiply from now on, in every thread.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name not in multipliers():
+        raise ValueError(f"multiplier must be one of {', '.join(multipliers())} here, got {name!r}")
+    if _library is not None:
+        _library.sightline_use_onednn(name == "onednn")
 
 
 def probe(rounds: int, threads: int, *, dot: bool = False) -> int:

@@ -1,12 +1,14 @@
-"""Linear maps of few rows, and a layer's work on them, by the native kernel.
+"""Linear maps, and a layer's work on few rows, by the native library.
 
-The operators `sightline::project` (linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
+The operators `sightline::multiply` (a linear map, by the faster of torch's two libraries) and, for few rows, `project`
+(linear maps), `norm`, `feed_forward` and `attend` (attention with its maps).
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sightline.kernels import cpu
 
@@ -20,11 +22,27 @@ NO_MAP = (None, None)
 
 def projects(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    return x.numel() <= FEW_ROWS * x.shape[-1] and _serves(x, *weights)
+
+
+def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `multiply` serves, and torch itself would be slower: in float32, without a gradient."""
+    return _serves(x, weight, bias) and cpu.multiplier() != "torch"
+
+
+def _serves(x: Tensor, *weights: Tensor | None) -> bool:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed():
         return False
-    if cpu.MISSING or x.dtype != torch.float32 or x.device.type != "cpu" or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
+    if cpu.MISSING or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu or not x.numel():
         return False
     return all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
+
+
+def transformed() -> bool:
+    """Whether what is computed is traced, compiled, or turned into something else by `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
@@ -33,6 +51,11 @@ def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     joined = torch.ops.sightline.project.default(rows_of(x), *arguments, *(None,) * (6 - len(arguments)))
     joined = joined.view(*x.shape[:-1], -1)
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What one linear map makes of x (... depth), where `multiplies` says so."""
+    return torch.ops.sightline.multiply.default(rows_of(x), weight.T, bias).view(*x.shape[:-1], -1)
 
 
 def rows_of(x: Tensor) -> Tensor:

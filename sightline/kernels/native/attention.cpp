@@ -176,6 +176,11 @@ extern "C" {
 // The name in use.
 EXPORT const char* sightline_instructions() { return sightline::chosen.load()->name; }
 
+// Whether products in float32 go by oneDNN, and whether they could.
+EXPORT int sightline_by_onednn() { return sightline::by_onednn; }
+EXPORT int sightline_has_onednn() { return sightline::has_onednn(); }
+EXPORT void sightline_use_onednn(int use) { sightline::by_onednn = use && sightline::has_onednn(); }
+
 // The i-th name that this CPU can run, best first; null after the last.
 EXPORT const char* sightline_available(int64_t i) {
   for (const sightline::Kernels* kernels : sightline::all_kernels)

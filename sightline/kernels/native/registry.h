@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sightline, library) {
       "Tensor normed, Tensor up, Tensor bent, Tensor hidden, Tensor down, int curve, float dropout, Tensor? seed, "
       "bool to_ups, bool to_up_biases, bool to_down, bool to_down_bias) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("multiply(Tensor left, Tensor right, Tensor? bias) -> Tensor");
   library.def("row_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool centered, bool half) -> Tensor");
   library.def(
       "row_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, float epsilon, bool centered, "
@@ -53,6 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {
   library.impl("write_backward", TORCH_BOX(&sightline::write_backward));
   library.impl("feed", TORCH_BOX(&sightline::feed));
   library.impl("feed_backward", TORCH_BOX(&sightline::feed_backward));
+  library.impl("multiply", TORCH_BOX(&sightline::multiply));
   library.impl("row_norm", TORCH_BOX(&sightline::row_norm));
   library.impl("row_norm_backward", TORCH_BOX(&sightline::row_norm_backward));
   library.impl("place", TORCH_BOX(&sightline::place));

@@ -3,35 +3,11 @@
 // half of the products.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+#include "products.h"
 #include "training.h"
 
 namespace sightline {
 namespace {
-
-// ---- products, in the dtype of their operands, two matrices each ----
-
-Tensor flipped(const Tensor& matrix) {
-  int64_t sizes[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
-  return Tensor(handle);
-}
-
-// left right, plus a bias if there is one.
-Tensor times(const Tensor& left, const Tensor& right, const Maybe& bias = {}) {
-  STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) && alike(left, right),
-                  "sightline: the shapes or dtypes of a product do not belong together");
-  Tensor out = empty({left.size(0), right.size(1)}, left.scalar_type());
-  int32_t error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1, 1)
-                       : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
-  STD_TORCH_CHECK(!error, "sightline: torch could not multiply ", left.size(0), " x ", left.size(1), " by ",
-                  right.size(0), " x ", right.size(1), "; if memory is short, fewer or shorter texts at once take less");
-  return out;
-}
-
-Tensor mapped(const Tensor& x, const Tensor& weight, const Maybe& bias) { return times(x, flipped(weight), bias); }
 
 // ---- from float32 to the dtype of products and back ----
 
