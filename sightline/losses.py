@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sightline.kernels.products import product
 from sightline.shapes import shaped
 
 CHUNK_BYTES = 32 * 1024**2
@@ -100,7 +101,7 @@ class _NextTokenLoss(torch.autograd.Function):
         for first in range(0, len(features), rows):
             here = slice(first, first + rows)
             chunk, wanted = features[here], targets[here, None]
-            log_shares = (chunk @ weight.T).to(exact).log_softmax(-1)
+            log_shares = product(chunk, weight.T).to(exact).log_softmax(-1)
             given = log_shares.gather(1, wanted)
             if blame is not None and share is not None and beside is not None:
                 own = share[here, None] + given
@@ -115,9 +116,9 @@ class _NextTokenLoss(torch.autograd.Function):
             grads.scatter_add_(1, wanted, torch.full_like(grads[:, :1], (smoothing - 1) / len(features)))
             grads = grads.to(features.dtype)
             if by_features is not None:
-                torch.mm(grads, weight, out=by_features[here])
+                by_features[here] = product(grads, weight)
             if by_weight is not None:
-                by_weight += grads.T @ chunk
+                by_weight += product(grads.T, chunk)
         ctx.save_for_backward(by_features, by_weight, blame)
         ctx.dtype, ctx.tokens = weight.dtype, len(features)
         return total / len(features)

@@ -75,7 +75,7 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
     """A head's: x (... d_model) against every row of `weight` (vocabulary d_model)."""
     if products.projects(x, weight):
         return products.project(x, (weight, None))[0]
-    return products.multiply(x, weight, None) if products.multiplies(x, weight, None) else F.linear(x, weight)
+    return products.multiply(x, weight) if products.multiplies(x, weight) else F.linear(x, weight)
 
 
 def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[products.Map] | None:

@@ -98,6 +98,7 @@ def test_a_product_of_nothing_is_the_bias(multiplier):
         (drawn(2, 3), drawn(3, 5), drawn(4)),
         (drawn(2, 3), drawn(3, 5), drawn(5).double()),
         (drawn(2, 3), drawn(3, 5), drawn(1, 5)),
+        (drawn(2, 3), drawn(3, 5), drawn(10)[::2]),
     ],
 )
 def test_a_product_of_what_does_not_belong_together_is_refused(left, right, bias, multiplier):

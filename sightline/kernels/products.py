@@ -22,12 +22,14 @@ NO_MAP = (None, None)
 
 def projects(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
-    return x.numel() <= FEW_ROWS * x.shape[-1] and _serves(x, *weights)
+    if x.numel() > FEW_ROWS * x.shape[-1] or not _serves(x, *weights):
+        return False
+    return all(weight is None or weight.is_contiguous() for weight in weights)
 
 
-def multiplies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def multiplies(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `multiply` serves, and torch itself would be slower: in float32, without a gradient."""
-    return _serves(x, weight, bias) and cpu.multiplier() != "torch"
+    return _serves(x, *weights) and cpu.multiplier() != "torch"
 
 
 def _serves(x: Tensor, *weights: Tensor | None) -> bool:
@@ -35,7 +37,7 @@ def _serves(x: Tensor, *weights: Tensor | None) -> bool:
         return False
     if cpu.MISSING or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu or not x.numel():
         return False
-    return all(weight is None or (weight.dtype == torch.float32 and weight.is_contiguous()) for weight in weights)
+    return all(weight is None or weight.dtype == torch.float32 for weight in weights)
 
 
 def transformed() -> bool:
@@ -53,9 +55,17 @@ def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What one linear map makes of x (... depth), where `multiplies` says so."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a linear map, weight (columns depth), makes of x (... depth), where `multiplies` says so."""
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.sightline.multiply.default(rows_of(x), weight.T, bias).view(*x.shape[:-1], -1)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left (rows depth) times right (depth columns), without a gradient, by whoever is the fastest."""
+    if multiplies(left, right):
+        return torch.ops.sightline.multiply.default(left, right, None)
+    return left @ right
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ Tensor mapped(const Tensor& x, const Tensor& weight, const Maybe& bias) { return
 // For Python: (rows depth) times (depth columns), any strides.
 Tensor multiply(const Tensor& left, const Tensor& right, const Maybe& bias) {
   STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->dim() == 1 && right.dim() == 2 && bias->size(0) == right.size(1) &&
-                            bias->scalar_type() == right.scalar_type()),
-                  "sightline: a bias must have a number for each column, of the dtype of the product");
+                            bias->is_contiguous() && bias->scalar_type() == right.scalar_type()),
+                  "sightline: a bias must have a number for each column, contiguous, of the dtype of the product");
   return times(left, right, bias);
 }
 
