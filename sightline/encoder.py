@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline.blocks import Block
 from sightline.feed_forward import Activation, FeedForward
-from sightline.layers import Block, MultiHeadAttention, Norm, make_norm
+from sightline.layers import MultiHeadAttention
 from sightline.losses import next_token_loss
 from sightline.masks import Mask, Padding
 from sightline.models import Positions
 from sightline.positions import Learned, Rotary, Sinusoidal
+from sightline.rows import Norm, make_norm
 from sightline.shapes import shaped
 
 Config = TypeVar("Config", bound="EncoderConfig")

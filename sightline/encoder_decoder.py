@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor, nn
 
+from sightline.blocks import Block
 from sightline.cache import Cache
 from sightline.encoder import (
     Embedding,
@@ -21,10 +22,10 @@ from sightline.encoder import (
     make_rotary,
 )
 from sightline.feed_forward import FeedForward
-from sightline.layers import Block, MultiHeadAttention, make_norm
+from sightline.layers import MultiHeadAttention
 from sightline.losses import next_token_loss
 from sightline.masks import Causal, Mask, Padding
-from sightline.rows import linear_maps, scores
+from sightline.rows import linear_maps, make_norm, scores
 from sightline.shapes import shaped
 
 if TYPE_CHECKING:

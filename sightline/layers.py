@@ -1,6 +1,6 @@
-"""Attention with its learned maps, the feed-forward network, and the block that joins them with residuals.
+"""Attention with its learned maps: one head, and several side by side.
 
-Tensors are (batch tokens d_model). Knows nothing of vocabularies or of how many layers there are.
+Tensors are (batch tokens d_model). Knows nothing of the block that it stands in.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from sightline import passes, sublayers
 from sightline.attention import attention, check_dropout, observe
 from sightline.cache import Cache
-from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu, products
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
-from sightline.rows import RMSNorm, forwards, is_own, joined_map, kernel_maps, linear_maps, normed, plain
+from sightline.rows import EPSILON, RMSNorm, joined_map, kernel_maps, linear_maps, normed, plain
 from sightline.shapes import ShapeError, shaped
-
-Norm = Literal["rms", "layer"]
-
-EPSILON: dict[Norm, float] = {"rms": 1e-6, "layer": 1e-5}
-"""What a norm adds to the variance, unless told otherwise."""
 
 
 class SelfAttention(nn.Module):
@@ -325,75 +319,6 @@ class MultiHeadAttention(nn.Module):
                 linear.weight.chunk(parts)[part].uniform_(-bound, bound)
                 if linear.bias is not None:
                     linear.bias.chunk(parts)[part].uniform_(-bound, bound)
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each with a norm and a residual.
-
-        norm_first (pre-norm):  x = x + sublayer(norm(x))
-        otherwise (post-norm):  x = norm(x + sublayer(x))
-
-    `dropout` falls on what a sublayer adds.
-
-    Source: Vaswani et al. 2017, section 3.1 (post-norm); Xiong et al. 2020 (pre-norm).
-    """
-
-    _KINDS = forwards(MultiHeadAttention, FeedForward)
-
-    def __init__(
-        self,
-        attention: MultiHeadAttention,
-        feed_forward: FeedForward,
-        *,
-        d_model: int,
-        norm: Norm = "rms",
-        norm_epsilon: float | None = None,
-        norm_first: bool = True,
-        bias: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        check_dropout("Block", dropout)
-        self.attention_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
-        self.attention = attention
-        self.feed_forward_norm = make_norm(norm, d_model, bias=bias, epsilon=norm_epsilon)
-        self.feed_forward = feed_forward
-        self.norm_first = norm_first
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, mask: Mask | None = None, *, cache: Cache | None = None) -> Tensor:
-        return self._feed(self._attend(x, mask, cache))
-
-    def _attend(self, x: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
-        if not self.norm_first:
-            return self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
-        if cache is None and self._steps(self.attention):
-            added = self.attention.added(x, self.attention_norm, mask, self.dropout)
-            if added is not None:
-                return added
-        return x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=cache))
-
-    def _feed(self, x: Tensor) -> Tensor:
-        if not self.norm_first:
-            return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
-        if self._steps(self.feed_forward):
-            added = self.feed_forward.added(x, self.feed_forward_norm, self.dropout)
-            if added is not None:
-                return added
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-
-    def _steps(self, sublayer: nn.Module) -> bool:
-        """Whether a training step may do without calling the sublayer."""
-        return self.training and sublayer.training and is_own(sublayer, self._KINDS)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return passes.dropped(x, self.dropout) if self.training else x
-
-
-def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:
-    """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
-    epsilon = EPSILON[kind] if epsilon is None else epsilon
-    return RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
 
 
 def _weights(query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None) -> Tensor:

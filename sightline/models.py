@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from sightline import passes
 from sightline.attention import check_dropout
+from sightline.blocks import Block
 from sightline.cache import Cache
 from sightline.counts import Counts
 from sightline.feed_forward import Activation, FeedForward
-from sightline.layers import EPSILON, Block, MultiHeadAttention, Norm, make_norm
+from sightline.layers import MultiHeadAttention
 from sightline.losses import next_token_loss
 from sightline.mixture import Mixture
 from sightline.positions import Learned, Rotary, RotaryScaling, Sinusoidal
-from sightline.rows import linear_maps, scores
+from sightline.rows import EPSILON, Norm, linear_maps, make_norm, scores
 from sightline.shapes import ShapeError, shaped
 
 if TYPE_CHECKING:

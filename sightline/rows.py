@@ -5,7 +5,7 @@ rows it is the library's, where torch has two the faster one. Knows nothing of a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from sightline import passes
 from sightline.kernels import products
 from sightline.positions import Rotary
+
+Norm = Literal["rms", "layer"]
+
+EPSILON: dict[Norm, float] = {"rms": 1e-6, "layer": 1e-5}
+"""What a norm adds to the variance, unless told otherwise."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,6 +36,12 @@ class RMSNorm(nn.RMSNorm):
         if products.projects(x, self.weight):
             return products.norm(x, self.weight, epsilon)
         return passes.rms_norm(x, self.weight, epsilon)
+
+
+def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:
+    """RMSNorm (never a bias) or LayerNorm over d_model; `epsilon` None is the kind's own, `EPSILON`."""
+    epsilon = EPSILON[kind] if epsilon is None else epsilon
+    return RMSNorm(d_model, eps=epsilon) if kind == "rms" else nn.LayerNorm(d_model, eps=epsilon, bias=bias)
 
 
 def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sightline.attention import attention, observe
+from sightline.blocks import Block
 from sightline.feed_forward import FeedForward
-from sightline.layers import Block, MultiHeadAttention, SelfAttention, make_norm
+from sightline.layers import MultiHeadAttention, SelfAttention
 from sightline.masks import Allowed, Causal, Padding
 from sightline.positions import Rotary
+from sightline.rows import make_norm
 from sightline.shapes import ShapeError
 
 ONE_HEAD = """-.0166 -.4199 -.5860 .3721 .5411 .4073 .8418 .2554 -.2712 .6178 -.0495 -.0552 .6988 -.3643 .7696"""

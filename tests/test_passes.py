@@ -11,9 +11,10 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from sightline import passes
+from sightline.blocks import Block
 from sightline.feed_forward import FeedForward
 from sightline.kernels import cpu
-from sightline.layers import Block, MultiHeadAttention
+from sightline.layers import MultiHeadAttention
 from sightline.models import Decoder, DecoderConfig
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm

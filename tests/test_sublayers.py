@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sightline import passes, sublayers
+from sightline.blocks import Block
 from sightline.feed_forward import Activation, FeedForward
 from sightline.kernels import cpu
-from sightline.layers import Block, MultiHeadAttention, Norm
+from sightline.layers import MultiHeadAttention
 from sightline.masks import Padding
 from sightline.positions import Rotary
-from sightline.rows import RMSNorm
+from sightline.rows import Norm, RMSNorm
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING or "built")
 

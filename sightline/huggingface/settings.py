@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sightline.huggingface.families import BENIGN, FAMILIES, Family
-from sightline.layers import EPSILON
 from sightline.models import DecoderConfig
+from sightline.rows import EPSILON
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
