@@ -54,8 +54,8 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, mask: Mask | None, cache: Cache | None) -> Tensor:
         if not self.norm_first:
             return self.attention_norm(x + self._drop(self.attention(x, mask=mask, cache=cache)))
-        if cache is None and self._steps(self.attention):
-            added = self.attention.added(x, self.attention_norm, mask, self.dropout)
+        if self._steps(self.attention):
+            added = self.attention.added(x, self.attention_norm, mask, self.dropout, cache)
             if added is not None:
                 return added
         return x + self._drop(self.attention(self.attention_norm(x), mask=mask, cache=cache))
@@ -70,8 +70,8 @@ class Block(nn.Module):
         return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
 
     def _steps(self, sublayer: nn.Module) -> bool:
-        """Whether a training step may do without calling the sublayer."""
-        return self.training and sublayer.training and is_own(sublayer, self._KINDS)
+        """Whether the sublayer may be computed without calling it."""
+        return self.training == sublayer.training and is_own(sublayer, self._KINDS)
 
     def _drop(self, x: Tensor) -> Tensor:
         return passes.dropped(x, self.dropout) if self.training else x

@@ -1,5 +1,6 @@
 """The feed-forward network of a block."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from sightline import passes, sublayers
 from sightline.kernels import products
-from sightline.rows import joined_map, kernel_maps, linear_maps, plain
+from sightline.rows import joined_map, kernel_maps, kernel_norm, linear_maps, plain
 
 Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
 
@@ -34,8 +35,7 @@ class FeedForward(nn.Module):
         self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": passes.gelu_tanh, "relu": F.relu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = () if self.gate is None else (self.gate,)
-        if self.activation in (F.silu, F.relu) and (maps := kernel_maps(x, self.up, self.down, *gate)) is not None:
+        if (maps := self._maps(x)) is not None:
             return products.feed_forward(x, *maps)
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
@@ -49,10 +49,14 @@ class FeedForward(nn.Module):
         return output
 
     def added(self, x: Tensor, norm: nn.Module, dropout: float) -> Tensor | None:
-        """x + the network's of norm(x), as a training step has it; None where the modules must be called.
+        """x + the network's of norm(x), in training or of few tokens; None where the modules must be called.
 
-        `dropout` falls on what is added.
+        `dropout` falls on what is added, in training.
         """
+        if not self.training:
+            before = kernel_norm(x, norm)
+            maps = None if before is None else self._maps(x)
+            return None if before is None or maps is None else products.feed_forward(x, *maps, norm=before)
         ups = (self.up,) if self.gate is None else (self.gate, self.up)
         activation = self.activation if self.gate is None else passes.gated_silu
         if activation not in passes.CURVES or not self._joins() or not plain(*ups, self.down):
@@ -61,6 +65,12 @@ class FeedForward(nn.Module):
         if not sublayers.served(x, norm, *weights, *down):
             return None
         return sublayers.fed(x, norm, weights, activation, down, dropout)
+
+    def _maps(self, x: Tensor) -> Sequence[products.Map] | None:
+        """Up, down, and the gate if there is one, for the kernel; None where it is not to compute them."""
+        gate = () if self.gate is None else (self.gate,)
+        known = F.silu if gate else F.relu
+        return kernel_maps(x, self.up, self.down, *gate) if self.activation is known else None
 
     def _joins(self) -> bool:
         """Whether gate and up may be one map, of one width, and silu stands between them."""

@@ -15,7 +15,7 @@ from sightline.cache import Cache
 from sightline.kernels import cpu, products
 from sightline.masks import ALiBi, Allowed, Mask
 from sightline.positions import Rotary
-from sightline.rows import EPSILON, RMSNorm, joined_map, kernel_maps, linear_maps, normed, plain
+from sightline.rows import EPSILON, RMSNorm, joined_map, kernel_maps, kernel_norm, linear_maps, normed, plain
 from sightline.shapes import ShapeError, shaped
 
 
@@ -181,12 +181,19 @@ class MultiHeadAttention(nn.Module):
             key, value = cache.append(self.layer, key, value)
         return self._attend(query, key, value, mask, return_weights=return_weights)
 
-    def added(self, x: Tensor, norm: nn.Module, mask: Mask | Tensor | None, dropout: float) -> Tensor | None:
-        """x + the output of norm(x), as a training step has it; None where the modules must be called.
+    def added(
+        self, x: Tensor, norm: nn.Module, mask: Mask | Tensor | None, dropout: float, cache: Cache | None
+    ) -> Tensor | None:
+        """x + the output of norm(x), in training or of few tokens behind a cache; None where modules must be called.
 
-        `dropout` falls on what is added.
+        `dropout` falls on what is added, in training.
         """
-        if x.ndim != 3 or self.observer is not None or not self._joins() or not plain(self.output):
+        if x.ndim != 3 or self.observer is not None:
+            return None
+        if cache is not None:
+            before = None if self.training else kernel_norm(x, norm)
+            return None if before is None else self._step(x, None, mask, cache, before)
+        if not self._joins() or not plain(self.output):
             return None
         maps, output = sublayers.parameters(self.query, self.key, self.value), sublayers.parameters(self.output)
         heads = self._heads(x)
@@ -196,8 +203,18 @@ class MultiHeadAttention(nn.Module):
         seen = attention(query, key, value, self._mask(mask), dropout=self.dropout)
         return sublayers.written(x, seen, output, dropout)
 
-    def _step(self, x: Tensor, context: Tensor | None, mask: Mask | Tensor | None, cache: Cache) -> Tensor | None:
-        """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none."""
+    def _step(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | Tensor | None,
+        cache: Cache,
+        norm: products.Norm | tuple[None, float] = products.NO_NORM,
+    ) -> Tensor | None:
+        """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none.
+
+        With a norm x + the output of norm(x).
+        """
         if not cache.length or (self.training and self.dropout) or isinstance(mask, Tensor):
             return None
         rotary, alone = self.rotary, context is None
@@ -220,6 +237,7 @@ class MultiHeadAttention(nn.Module):
             room=room,
             start=start,
             masks=hiding,
+            norm=norm,
         )
 
     def _hiding(self, given: Mask | None, batch: int) -> cpu.Masks | None:

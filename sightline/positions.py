@@ -156,12 +156,12 @@ class Rotary(nn.Module):
 
     def tables(self, stop: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of positions 0 to `stop` - 1, or more of them: (positions width), to turn x with."""
-        dtype = _table_dtype(x)
-        if stop > len(self.cosine) or self.cosine.dtype != dtype or self.cosine.device != x.device:
+        dtype, cosine, sine = _table_dtype(x), self.cosine, self.sine
+        if stop > len(cosine) or cosine.dtype != dtype or cosine.device != x.device:
             # At least twice as many as before, so that a text growing token by token asks seldom.
-            length = len(self.cosine) if stop <= len(self.cosine) else max(stop, 2 * len(self.cosine))
-            self.cosine, self.sine = (table.to(x.device) for table in self._tables(length, dtype))
-        return self.cosine, self.sine
+            length = len(cosine) if stop <= len(cosine) else max(stop, 2 * len(cosine))
+            cosine, sine = self.cosine, self.sine = [table.to(x.device) for table in self._tables(length, dtype)]
+        return cosine, sine
 
     def _tables(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = _angles(length, self.width, self.base, self.scaling)

@@ -30,12 +30,12 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or self.weight.shape != x.shape[-1:]:
+        weight = self.weight
+        if weight is None or weight.shape != x.shape[-1:]:
             return super().forward(x)
-        epsilon = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if products.projects(x, self.weight):
-            return products.norm(x, self.weight, epsilon)
-        return passes.rms_norm(x, self.weight, epsilon)
+        if products.projects(x, weight):
+            return products.norm(x, weight, _epsilon(self, x))
+        return passes.rms_norm(x, weight, _epsilon(self, x))
 
 
 def make_norm(kind: Norm, d_model: int, *, bias: bool = False, epsilon: float | None = None) -> nn.Module:
@@ -97,6 +97,16 @@ def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[products.Map] | None:
     return maps if products.projects(x, *[weight for weight, _ in maps]) else None
 
 
+def kernel_norm(x: Tensor, norm: nn.Module) -> products.Norm | None:
+    """The norm for the kernel to compute in its place; None unless it is over x's last axis, and nobody has a say."""
+    if type(norm) is not RMSNorm or not plain(norm):
+        return None
+    weight = norm.weight
+    if weight is None or weight.shape != x.shape[-1:] or not products.projects(x, weight):
+        return None
+    return weight, _epsilon(norm, x)
+
+
 def plain(*modules: nn.Module | None) -> bool:
     """No module of another kind in the place of ours, and none in whose call somebody has a say."""
     return all(module is None or is_own(module, _OURS) for module in modules)
@@ -104,8 +114,13 @@ def plain(*modules: nn.Module | None) -> bool:
 
 def is_own(module: nn.Module, kinds: dict[type[nn.Module], Callable[..., Any]]) -> bool:
     """One of these `forwards`, which nobody replaced, and no hook, on it or on all modules, would have to be called."""
-    if type(module).forward is not kinds.get(type(module)) or "forward" in vars(module) or _has_any_global_hook():
+    kind = type(module)
+    if kind.forward is not kinds.get(kind) or "forward" in module.__dict__ or _has_any_global_hook():
         return False
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return not (module._backward_hooks or module._backward_pre_hooks)
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _epsilon(norm: RMSNorm, x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sightline.blocks import Block
 from sightline.cache import Cache
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.feed_forward import FeedForward
@@ -342,3 +343,106 @@ def test_a_step_beyond_the_room_is_refused():
             drawn(1, 2, 24), [query] * 4, norms=(None, None), epsilon=0.0, tables=None,
             room=(room, room), start=2, masks=cpu.Masks(),
         )  # fmt: skip
+
+
+BLOCKS = {
+    "modern": {"activation": "swiglu", "bias": False},
+    "relu": {"activation": "relu", "bias": True},
+    "its own epsilon": {"activation": "swiglu", "bias": False, "epsilon": None},
+}
+
+
+def make_block(activation="swiglu", *, bias=False, norm="rms", norm_first=True, dropout=0.0, **changes) -> Block:
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(24, 4, causal=True, bias=bias, rotary=Rotary(6), query_key_norm=True)
+    block = Block(
+        attention,
+        FeedForward(24, 40, activation=activation, bias=bias),
+        d_model=24,
+        norm=norm,
+        norm_first=norm_first,
+        dropout=dropout,
+    ).eval()
+    for name, parameter in block.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    for layer in (block.attention_norm, block.feed_forward_norm):
+        layer.eps = changes.get("epsilon", layer.eps)
+    return block
+
+
+def through(block: Block, x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What a block makes of x, the first three tokens at once and then so many at a time."""
+    cache, parts = Cache(1, batch=len(x), capacity=x.shape[1]), []
+    for part in x.split([3, *[tokens] * ((x.shape[1] - 3) // tokens)], dim=1):
+        parts.append(block(part, cache=cache))
+        cache.advance(part.shape[1])
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_step_by_step_is_the_whole(kind, tokens, instructions, monkeypatch):
+    block, x = make_block(**BLOCKS[kind]), drawn(2, 11, 24)
+    given = []
+    for name in ("attend", "feed_forward"):
+        ours = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, f=ours, **k: given.append(k["norm"]) or f(*a, **k))
+    stepped = through(block, x, tokens)
+    # The network of the first three tokens, whose attention has no past, is one more.
+    assert len(given) == 1 + 2 * 8 // tokens and all(norm[0] is not None for norm in given)
+    if BLOCKS[kind].get("epsilon", 0) is None:
+        for layer in (block.attention_norm, block.feed_forward_norm):
+            layer.eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(stepped.double(), block.double()(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "place",
+    [
+        "attention",
+        "feed_forward",
+        "attention_norm",
+        "feed_forward_norm",
+        "attention.query",
+        "attention.output",
+        "attention.key_norm",
+        "feed_forward.gate",
+        "feed_forward.down",
+    ],
+)
+def test_who_listens_to_a_part_of_a_block_hears_every_step(place):
+    block, x, heard = make_block(), drawn(1, 6, 24), []
+    silent = through(block, x, 1)
+    block.get_submodule(place).register_forward_hook(lambda *_: heard.append(1))
+    torch.testing.assert_close(through(block, x, 1), silent, rtol=1e-5, atol=1e-6)
+    assert len(heard) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"norm": "layer"}, {"norm_first": False}, {"dropout": 0.5}])
+def test_a_block_of_another_kind_has_its_modules_called(changes):
+    """Norms that the kernel does not know, none before a sublayer, and dropout, in training alone."""
+    block, x = make_block(**changes), drawn(1, 6, 24)
+    torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
+    if block.dropout:
+        block.train()
+        assert not torch.equal(through(block, x, 1), through(block, x, 1))
+
+
+@torch.no_grad()
+def test_another_module_in_a_norms_place_is_called():
+    for other in (nn.Identity(), RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24)):
+        block, x = make_block(), drawn(1, 6, 24)
+        block.attention_norm = block.feed_forward_norm = other
+        torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sublayers_norm_and_width_are_checked():
+    x, maps = drawn(1, 24), [(drawn(8, 24), None), (drawn(24, 8), None)]
+    with pytest.raises(RuntimeError, match=r"norm's weight must be float32 \(width\), contiguous"):
+        products.feed_forward(x, *maps, norm=(drawn(23), 0.0))
+    with pytest.raises(RuntimeError, match="must be as wide as x"):
+        products.feed_forward(x, maps[0], (drawn(5, 8), None), norm=(drawn(24), 0.0))

@@ -18,6 +18,9 @@ FEW_ROWS = 8
 Map = tuple[Tensor, Tensor | None]
 """A linear map: its weight (columns depth) and its bias."""
 NO_MAP = (None, None)
+Norm = tuple[Tensor, float]
+"""An RMSNorm over the last axis: its weight, and what it adds to the mean square."""
+NO_NORM = (None, 0.0)
 
 
 def projects(x: Tensor, *weights: Tensor | None) -> bool:
@@ -78,9 +81,14 @@ def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return torch.ops.sightline.norm.default(rows_of(x), weight, epsilon).view_as(x)
 
 
-def feed_forward(x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP) -> Tensor:
-    """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so."""
-    return torch.ops.sightline.feed_forward.default(rows_of(x), *gate, *up, *down).view_as(x)
+def feed_forward(
+    x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP, *, norm: Norm | tuple[None, float] = NO_NORM
+) -> Tensor:
+    """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so.
+
+    With a norm x + that of norm(x): a whole sublayer.
+    """
+    return torch.ops.sightline.feed_forward.default(rows_of(x), *norm, *gate, *up, *down).view_as(x)
 
 
 def attend(
@@ -93,17 +101,18 @@ def attend(
     room: tuple[Tensor, Tensor],
     start: int,
     masks: cpu.Masks,
+    norm: Norm | tuple[None, float] = NO_NORM,
 ) -> Tensor:
     """Attention of few tokens (batch tokens depth) that follow `start` others, with its linear maps.
 
     The maps are to queries, to the output, and to keys and values, which are put into the room (batch groups capacity
     width); without the last two all keys are there already. `norms` and `tables` (cosine and sine, `Rotary`'s) are of
-    queries and keys. Where `projects` says so.
+    queries and keys. With a `norm` x + that of norm(x): a whole sublayer. Where `projects` says so.
     """
     query, output, key, value = (*maps, NO_MAP, NO_MAP)[:4]
     before, after = (-1 if limit is None else limit for limit in masks[:2])
     joined = torch.ops.sightline.attend.default(
-        x.contiguous(), *query, *key, *value, *output, *norms, epsilon, *(tables or (None, None)), *room, start,
+        x.contiguous(), *norm, *query, *key, *value, *output, *norms, epsilon, *(tables or (None, None)), *room, start,
         None if masks.lengths is None else masks.lengths.to(torch.int64).contiguous(),
         None if masks.slopes is None else masks.slopes.to(torch.float32).contiguous(),
         before, after,

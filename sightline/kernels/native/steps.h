@@ -78,22 +78,52 @@ Tensor project(const Tensor& x, const Tensor& first, const Maybe& first_bias, co
   return project_all(floats(x), rows, depth, {one});
 }
 
+void norm_rows(const float* x, int64_t rows, const float* weight, double epsilon, int64_t width, float* out) {
+  const Kernels& kernels = *chosen.load();
+  for (int64_t row = 0; row < rows; ++row)
+    kernels.norm_row(x + row * width, weight, (float)epsilon, width, out + row * width);
+}
+
 Tensor norm(const Tensor& x, const Maybe& weight, double epsilon) {
   STD_TORCH_CHECK(plain(x, 2), "sightline: x must be float32 (rows width), contiguous");
   int64_t rows = x.size(0), width = x.size(1);
   STD_TORCH_CHECK(!weight || (plain(*weight, 1) && weight->size(0) == width),
                   "sightline: the norm's weight must be float32 (width), contiguous");
   Tensor out = empty({rows, width});
-  for (int64_t row = 0; row < rows; ++row)
-    chosen.load()->norm_row(floats(x) + row * width, numbers(weight), (float)epsilon, width, floats(out) + row * width);
+  norm_rows(floats(x), rows, numbers(weight), epsilon, width, floats(out));
   return out;
 }
 
-// down(silu(gate x) * up x), or without a gate down(max(up x, 0)).
-Tensor feed_forward(const Tensor& x, const Maybe& gate, const Maybe& gate_bias, const Tensor& up, const Maybe& up_bias,
-                    const Tensor& down, const Maybe& down_bias) {
-  STD_TORCH_CHECK(plain(x, 2), "sightline: x must be float32 (rows depth), contiguous");
-  int64_t rows = x.size(0), depth = x.size(1), width = up.size(0);
+// A pre-norm sublayer, x + f(norm(x)), where there is a norm; else f(x).
+struct Residual {
+  const Tensor& x;
+  Tensor rows;  // what f reads
+  bool there;
+  Residual(const Tensor& x, int64_t count, int64_t depth, const Maybe& weight, double epsilon)
+      : x(x), rows(x), there(weight) {
+    if (!there) return;
+    STD_TORCH_CHECK(plain(*weight, 1) && weight->size(0) == depth,
+                    "sightline: the norm's weight must be float32 (width), contiguous");
+    rows = empty({count, depth});
+    norm_rows(floats(x), count, numbers(weight), epsilon, depth, floats(rows));
+  }
+  Tensor add(Tensor made) const {
+    if (!there) return made;
+    STD_TORCH_CHECK(made.numel() == x.numel(), "sightline: what is added to x must be as wide as x");
+    const float* from = floats(x);
+    float* to = floats(made);
+    for (int64_t i = 0, count = x.numel(); i < count; ++i) to[i] += from[i];
+    return made;
+  }
+};
+
+// down(silu(gate x) * up x), or without a gate down(max(up x, 0)); with a norm x + that of norm(x).
+Tensor feed_forward(const Tensor& input, const Maybe& norm, double epsilon, const Maybe& gate, const Maybe& gate_bias,
+                    const Tensor& up, const Maybe& up_bias, const Tensor& down, const Maybe& down_bias) {
+  STD_TORCH_CHECK(plain(input, 2), "sightline: x must be float32 (rows depth), contiguous");
+  int64_t rows = input.size(0), depth = input.size(1), width = up.size(0);
+  Residual residual(input, rows, depth, norm, epsilon);
+  const Tensor& x = residual.rows;
   check_map({up, up_bias}, depth);
   if (gate) check_map({*gate, gate_bias}, depth);
   STD_TORCH_CHECK(!gate || gate->size(0) == width, "sightline: gate and up must have the same columns");
@@ -109,7 +139,7 @@ Tensor feed_forward(const Tensor& x, const Maybe& gate, const Maybe& gate_bias, 
     for (int64_t row = 0; row < rows; ++row)
       kernels.activate(gate ? gates + row * width + first : nullptr, ups + row * width + first, last - first);
   });
-  return project_all(ups, rows, width, {{down, down_bias}});
+  return residual.add(project_all(ups, rows, width, {{down, down_bias}}));
 }
 
 // A row of queries or keys: each head's part normed, then turned to its position.
@@ -128,7 +158,8 @@ struct Heads {
 
 // Attention of the newest tokens (batch tokens depth), the first of which stands at `start`, with its maps. Their keys
 // and values are put into the room for all tokens, (batch groups capacity width); without maps to them they are there.
-Tensor attend(const Tensor& x, const Tensor& query, const Maybe& query_bias, const Maybe& key, const Maybe& key_bias,
+// With a norm x + that of norm(x).
+Tensor attend(const Tensor& x, const Maybe& norm, double norm_epsilon, const Tensor& query, const Maybe& query_bias, const Maybe& key, const Maybe& key_bias,
               const Maybe& value, const Maybe& value_bias, const Tensor& output, const Maybe& output_bias,
               const Maybe& query_norm, const Maybe& key_norm, double epsilon, const Maybe& cosine, const Maybe& sine,
               const Tensor& keys, const Tensor& values, int64_t start, const Maybe& lengths, const Maybe& slopes,
@@ -155,8 +186,10 @@ Tensor attend(const Tensor& x, const Tensor& query, const Maybe& query_bias, con
                   "sightline: lengths must be int64 (batch)");
   STD_TORCH_CHECK(!slopes || (plain(*slopes, 1) && slopes->size(0) == heads), "sightline: slopes must be float32 (heads)");
   Map by_query{query, query_bias};
-  Tensor joined = key ? project_all(floats(x), rows, depth, {by_query, {*key, key_bias}, {*value, value_bias}})
-                      : project_all(floats(x), rows, depth, {by_query});
+  Residual residual(x, rows, depth, norm, norm_epsilon);
+  const float* read = floats(residual.rows);
+  Tensor joined = key ? project_all(read, rows, depth, {by_query, {*key, key_bias}, {*value, value_bias}})
+                      : project_all(read, rows, depth, {by_query});
   int64_t columns = joined.size(1);
   Heads queries{numbers(query_norm), numbers(cosine), numbers(sine), (float)epsilon, heads, width};
   Heads new_keys{numbers(key_norm), numbers(cosine), numbers(sine), (float)epsilon, groups, width};
@@ -187,7 +220,7 @@ Tensor attend(const Tensor& x, const Tensor& query, const Maybe& query_bias, con
   call.slopes = numbers(slopes);
   call.output = strided(seen), call.logsumexp = floats(logsumexp);
   run_forward(call, false);
-  return project_all(floats(seen), rows, heads * value_width, {{output, output_bias}});
+  return residual.add(project_all(floats(seen), rows, heads * value_width, {{output, output_bias}}));
 }
 
 }  // namespace
