@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,11 +41,11 @@ class FeedForward(nn.Module):
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
             hidden = passes.activated(self.activation, up)
-        elif self.training and self._joins() and plain(self.gate, self.up):
+        elif self.training and plain(self.gate, self.up) and self._joins():
             hidden = passes.activated(passes.gated_silu, joined_map(x, self.gate, self.up))
         else:
             gate, up = linear_maps(x, self.gate, self.up)
-            hidden = self.activation(gate) * up
+            hidden = F.silu(gate, inplace=True).mul_(up) if self._owns(gate, up) else self.activation(gate) * up
         (output,) = linear_maps(hidden, self.down)
         return output
 
@@ -59,7 +60,7 @@ class FeedForward(nn.Module):
             return None if before is None or maps is None else products.feed_forward(x, *maps, norm=before)
         ups = (self.up,) if self.gate is None else (self.gate, self.up)
         activation = self.activation if self.gate is None else passes.gated_silu
-        if activation not in passes.CURVES or not self._joins() or not plain(*ups, self.down):
+        if activation not in passes.CURVES or not plain(*ups, self.down) or not self._joins():
             return None
         weights, down = sublayers.parameters(*ups), sublayers.parameters(self.down)
         if not sublayers.served(x, norm, *weights, *down):
@@ -71,6 +72,12 @@ class FeedForward(nn.Module):
         gate = () if self.gate is None else (self.gate,)
         known = F.silu if gate else F.relu
         return kernel_maps(x, self.up, self.down, *gate) if self.activation is known else None
+
+    def _owns(self, gate: Tensor, up: Tensor) -> bool:
+        """Whether silu and product may be written over the gate: nobody else has it, and no gradient wants it."""
+        if torch.is_grad_enabled() or products.transformed() or self.activation is not F.silu:
+            return False
+        return plain(self.gate, self.up) and gate.dtype == up.dtype and gate.shape == up.shape
 
     def _joins(self) -> bool:
         """Whether gate and up may be one map, of one width, and silu stands between them."""

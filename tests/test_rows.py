@@ -446,3 +446,31 @@ def test_a_sublayers_norm_and_width_are_checked():
         products.feed_forward(x, *maps, norm=(drawn(23), 0.0))
     with pytest.raises(RuntimeError, match="must be as wide as x"):
         products.feed_forward(x, maps[0], (drawn(5, 8), None), norm=(drawn(24), 0.0))
+
+
+@torch.no_grad()
+def test_a_gate_is_written_over_only_where_nobody_else_has_it():
+    layer, x, kept = FeedForward(24, 40), drawn(20, 24), []
+    plain, gate = layer(x), layer.gate(x)
+    layer.gate.register_forward_hook(lambda *given: kept.append(given[-1]))
+    torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(kept[0], gate)
+    layer = FeedForward(24, 40)
+    batched = {name: torch.stack([parameter, 2 * parameter]) for name, parameter in layer.named_parameters()}
+    both = torch.func.vmap(lambda given: torch.func.functional_call(layer, given, (x,)))(batched)
+    torch.testing.assert_close(both[0], layer(x))
+    shared = torch.ones(20, 40)
+    layer.gate = Same(shared)
+    layer(x)
+    assert torch.equal(shared, torch.ones(20, 40))
+
+
+class Same(nn.Module):
+    """Gives the same tensor every time."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self, x):
+        return self.tensor
