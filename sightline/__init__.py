@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from sightline.viewer.plots import plot_weights as plot_weights
     from sightline.viewer.server import serve as serve
 
-__version__ = "0.6.1"
+__version__ = "0.6.2"
 
 # Imported when first asked for, so that `import sightline` costs little more than `import torch`.
 _LATER = {
