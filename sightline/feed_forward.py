@@ -1,6 +1,5 @@
 """The feed-forward network of a block."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -36,8 +35,8 @@ class FeedForward(nn.Module):
         self.activation = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": passes.gelu_tanh, "relu": F.relu}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        if (maps := self._maps(x)) is not None:
-            return products.feed_forward(x, *maps)
+        if (output := self._step(x)) is not None:
+            return output
         if self.gate is None:
             (up,) = linear_maps(x, self.up)
             hidden = passes.activated(self.activation, up)
@@ -56,8 +55,7 @@ class FeedForward(nn.Module):
         """
         if not self.training:
             before = kernel_norm(x, norm)
-            maps = None if before is None else self._maps(x)
-            return None if before is None or maps is None else products.feed_forward(x, *maps, norm=before)
+            return None if before is None else self._step(x, before)
         ups = (self.up,) if self.gate is None else (self.gate, self.up)
         activation = self.activation if self.gate is None else passes.gated_silu
         if activation not in passes.CURVES or not plain(*ups, self.down) or not self._joins():
@@ -67,11 +65,17 @@ class FeedForward(nn.Module):
             return None
         return sublayers.fed(x, norm, weights, activation, down, dropout)
 
-    def _maps(self, x: Tensor) -> Sequence[products.Map] | None:
-        """Up, down, and the gate if there is one, for the kernel; None where it is not to compute them."""
+    def _step(self, x: Tensor, norm: products.Norm = products.NO_NORM) -> Tensor | None:
+        """The network of few tokens in one call of the native kernel, with a norm x + that of norm(x); None: not so."""
         gate = () if self.gate is None else (self.gate,)
-        known = F.silu if gate else F.relu
-        return kernel_maps(x, self.up, self.down, *gate) if self.activation is known else None
+        curve, maps = self._curve(), kernel_maps(x, self.up, self.down, *gate)
+        return None if curve is None or maps is None else products.feed_forward(x, *maps, curve=curve, norm=norm)
+
+    def _curve(self) -> int | None:
+        """The kernel's number of the activation; None: it has none."""
+        if self.gate is not None:
+            return products.SILU if self.activation is F.silu else None
+        return products.RELU if self.activation is F.relu else passes.CURVES.get(self.activation, (None,))[0]
 
     def _owns(self, gate: Tensor, up: Tensor) -> bool:
         """Whether silu and product may be written over the gate: nobody else has it, and no gradient wants it."""

@@ -209,7 +209,7 @@ class MultiHeadAttention(nn.Module):
         context: Tensor | None,
         mask: Mask | Tensor | None,
         cache: Cache,
-        norm: products.Norm | tuple[None, float] = products.NO_NORM,
+        norm: products.Norm = products.NO_NORM,
     ) -> Tensor | None:
         """The output of few tokens behind those in the cache, in one call of the native kernel; None: it has none.
 

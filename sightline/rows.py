@@ -56,6 +56,7 @@ def forwards(*kinds: type[nn.Module]) -> dict[type[nn.Module], Callable[..., Any
 
 
 _OURS = forwards(nn.Linear, RMSNorm, Rotary)
+NORMS = forwards(RMSNorm, nn.LayerNorm)
 
 
 def linear_maps(x: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
@@ -99,12 +100,13 @@ def kernel_maps(x: Tensor, *linears: nn.Linear) -> list[products.Map] | None:
 
 def kernel_norm(x: Tensor, norm: nn.Module) -> products.Norm | None:
     """The norm for the kernel to compute in its place; None unless it is over x's last axis, and nobody has a say."""
-    if type(norm) is not RMSNorm or not plain(norm):
+    if not isinstance(norm, RMSNorm | nn.LayerNorm) or not is_own(norm, NORMS):
         return None
-    weight = norm.weight
-    if weight is None or weight.shape != x.shape[-1:] or not products.projects(x, weight):
+    centered = isinstance(norm, nn.LayerNorm)
+    weight, bias = norm.weight, norm.bias if centered else None
+    if weight is None or weight.shape != x.shape[-1:] or not products.projects(x, weight, bias):
         return None
-    return weight, _epsilon(norm, x)
+    return weight, bias, _epsilon(norm, x), centered
 
 
 def plain(*modules: nn.Module | None) -> bool:
@@ -122,5 +124,5 @@ def is_own(module: nn.Module, kinds: dict[type[nn.Module], Callable[..., Any]]) 
     )
 
 
-def _epsilon(norm: RMSNorm, x: Tensor) -> float:
+def _epsilon(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> float:
     return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps

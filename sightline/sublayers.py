@@ -17,10 +17,7 @@ from sightline import passes
 from sightline.kernels import cpu
 from sightline.kernels.products import rows_of
 from sightline.passes import shaped_like
-from sightline.rows import RMSNorm, forwards, is_own
-
-_NORMS = forwards(RMSNorm, nn.LayerNorm)
-
+from sightline.rows import NORMS, is_own
 
 Parameters = Sequence[Tensor | None]
 """Of linear maps, each one's weight and bias."""
@@ -33,7 +30,7 @@ def parameters(*maps: nn.Linear) -> Parameters:
 
 def served(x: Tensor, norm: nn.Module, *weights: Tensor | None) -> bool:
     """Whether a sublayer of these weights can be computed here, and nobody else has a say in its norm."""
-    if not is_own(norm, _NORMS) or x.dtype != torch.float32:
+    if not is_own(norm, NORMS) or x.dtype != torch.float32:
         return False
     weight, bias = _tensors(norm)
     return weight is not None and weight.shape == x.shape[-1:] and passes.served(x, weight, bias, *weights)

@@ -1,12 +1,13 @@
 """Few rows by the native kernel: as accurate as the library's, and only where nobody else has a say."""
 
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sightline import passes
 from sightline.blocks import Block
 from sightline.cache import Cache
 from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -54,7 +55,7 @@ def test_rows_may_share_memory_or_lie_apart(instructions):
         for of in (
             lambda x: products.norm(x, weight, 1e-6),
             lambda x: products.project(x, (up, None))[0],
-            lambda x: products.feed_forward(x, (up, None), (down, None)),
+            lambda x: products.feed_forward(x, (up, None), (down, None), curve=products.RELU),
         ):
             assert torch.equal(of(x), of(held))
 
@@ -222,22 +223,29 @@ def test_a_norm_of_other_axes_or_without_a_weight_is_torchs(rows, gradient):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "d_ff", "bias"), [(1, 33, True), (8, 70, False), (3, 5, True)])
 def test_a_feed_forward_is_its_definition(rows, d_ff, bias, activation, instructions):
     layer, x = FeedForward(19, d_ff, activation=activation, bias=bias), 4 * drawn(rows, 19)
-    assert products.projects(x, layer.up.weight)
-    torch.testing.assert_close(layer(x).double(), layer.double()(x.double()), rtol=1e-5, atol=1e-6)
+    with patch.object(products, "feed_forward", wraps=products.feed_forward) as called:
+        made = layer(x)
+    assert called.call_count == 1
+    torch.testing.assert_close(made.double(), layer.double()(x.double()), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_an_activation_knows_great_numbers_and_none(instructions):
     x = torch.tensor([[0.0], [90.0], [-90.0], [1e4], [-1e4], [torch.nan]])
     one = (torch.ones(1, 1), None)
-    for gate, exact in ((one, F.silu(x) * x), (products.NO_MAP, F.relu(x))):
-        torch.testing.assert_close(
-            products.feed_forward(x, one, one, gate), exact, rtol=1e-6, atol=1e-30, equal_nan=True
-        )
+    gelu, tanh = (passes.CURVES[curve][0] for curve in (F.gelu, passes.gelu_tanh))
+    for gate, curve, exact in (
+        (one, products.SILU, F.silu(x) * x),
+        (products.NO_MAP, products.RELU, F.relu(x)),
+        (products.NO_MAP, gelu, F.gelu(x)),
+        (products.NO_MAP, tanh, passes.gelu_tanh(x)),
+    ):
+        made = products.feed_forward(x, one, one, gate, curve=curve)
+        torch.testing.assert_close(made, exact, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 KINDS = {
@@ -349,6 +357,8 @@ BLOCKS = {
     "modern": {"activation": "swiglu", "bias": False},
     "relu": {"activation": "relu", "bias": True},
     "its own epsilon": {"activation": "swiglu", "bias": False, "epsilon": None},
+    "gpt2": {"activation": "gelu_tanh", "bias": True, "norm": "layer"},
+    "layer norm without a bias": {"activation": "gelu", "bias": False, "norm": "layer"},
 }
 
 
@@ -359,6 +369,7 @@ def make_block(activation="swiglu", *, bias=False, norm="rms", norm_first=True, 
         attention,
         FeedForward(24, 40, activation=activation, bias=bias),
         d_model=24,
+        bias=bias,
         norm=norm,
         norm_first=norm_first,
         dropout=dropout,
@@ -422,9 +433,9 @@ def test_who_listens_to_a_part_of_a_block_hears_every_step(place):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{"norm": "layer"}, {"norm_first": False}, {"dropout": 0.5}])
+@pytest.mark.parametrize("changes", [{"norm_first": False}, {"dropout": 0.5}])
 def test_a_block_of_another_kind_has_its_modules_called(changes):
-    """Norms that the kernel does not know, none before a sublayer, and dropout, in training alone."""
+    """Norms after a sublayer, and dropout, in training alone."""
     block, x = make_block(**changes), drawn(1, 6, 24)
     torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
     if block.dropout:
@@ -434,7 +445,8 @@ def test_a_block_of_another_kind_has_its_modules_called(changes):
 
 @torch.no_grad()
 def test_another_module_in_a_norms_place_is_called():
-    for other in (nn.Identity(), RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24)):
+    unlearned = nn.LayerNorm(24, elementwise_affine=False)
+    for other in (nn.Identity(), RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24), unlearned):
         block, x = make_block(), drawn(1, 6, 24)
         block.attention_norm = block.feed_forward_norm = other
         torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
@@ -442,10 +454,18 @@ def test_another_module_in_a_norms_place_is_called():
 
 def test_a_sublayers_norm_and_width_are_checked():
     x, maps = drawn(1, 24), [(drawn(8, 24), None), (drawn(24, 8), None)]
-    with pytest.raises(RuntimeError, match=r"norm's weight must be float32 \(width\), contiguous"):
-        products.feed_forward(x, *maps, norm=(drawn(23), 0.0))
+    for norm in ((drawn(23), None), (drawn(24), drawn(23)), (drawn(24).double(), None)):
+        with pytest.raises(
+            RuntimeError, match=r"a norm's weight \(width\) and LayerNorm's bias"
+        ):
+            products.feed_forward(x, *maps, curve=products.RELU, norm=(*norm, 0.0, True))
+    with pytest.raises(RuntimeError, match="RMSNorm has no bias"):
+        products.feed_forward(x, *maps, curve=products.RELU, norm=(drawn(24), drawn(24), 0.0, False))
     with pytest.raises(RuntimeError, match="must be as wide as x"):
-        products.feed_forward(x, maps[0], (drawn(5, 8), None), norm=(drawn(24), 0.0))
+        products.feed_forward(x, maps[0], (drawn(5, 8), None), curve=0, norm=(drawn(24), None, 0.0, False))
+    for gate, curve in ((maps[0], products.RELU), (products.NO_MAP, 3), (products.NO_MAP, -2)):
+        with pytest.raises(RuntimeError, match="no such activation, or a gate without silu"):
+            products.feed_forward(x, *maps, gate, curve=curve)
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ FEW_ROWS = 8
 Map = tuple[Tensor, Tensor | None]
 """A linear map: its weight (columns depth) and its bias."""
 NO_MAP = (None, None)
-Norm = tuple[Tensor, float]
-"""An RMSNorm over the last axis: its weight, and what it adds to the mean square."""
-NO_NORM = (None, 0.0)
+Norm = tuple[Tensor | None, Tensor | None, float, bool]
+"""Over the last axis: weight, bias, epsilon, and whether the mean is subtracted, as LayerNorm does and RMSNorm not."""
+NO_NORM: Norm = (None, None, 0.0, False)
+RELU, SILU = -1, 0
+"""Numbers of activations; others are in `passes.CURVES`."""
 
 
 def projects(x: Tensor, *weights: Tensor | None) -> bool:
@@ -82,13 +84,13 @@ def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 
 
 def feed_forward(
-    x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP, *, norm: Norm | tuple[None, float] = NO_NORM
+    x: Tensor, up: Map, down: Map, gate: Map | tuple[None, None] = NO_MAP, *, curve: int, norm: Norm = NO_NORM
 ) -> Tensor:
-    """down(silu(gate x) * up x), or without a gate down(relu(up x)), where `projects` says so.
+    """down(silu(gate x) * up x), or without a gate down(f(up x)), where `projects` says so.
 
-    With a norm x + that of norm(x): a whole sublayer.
+    `curve` is the number of f, with a gate `SILU`. With a norm x + that of norm(x): a whole sublayer.
     """
-    return torch.ops.sightline.feed_forward.default(rows_of(x), *norm, *gate, *up, *down).view_as(x)
+    return torch.ops.sightline.feed_forward.default(rows_of(x), *norm, *gate, *up, *down, curve).view_as(x)
 
 
 def attend(
@@ -101,7 +103,7 @@ def attend(
     room: tuple[Tensor, Tensor],
     start: int,
     masks: cpu.Masks,
-    norm: Norm | tuple[None, float] = NO_NORM,
+    norm: Norm = NO_NORM,
 ) -> Tensor:
     """Attention of few tokens (batch tokens depth) that follow `start` others, with its linear maps.
 

@@ -149,11 +149,11 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "Tensor? third_bias) -> Tensor");
   library.def("norm(Tensor x, Tensor? weight, float epsilon) -> Tensor");
   library.def(
-      "feed_forward(Tensor x, Tensor? norm, float norm_epsilon, Tensor? gate, Tensor? gate_bias, Tensor up, "
-      "Tensor? up_bias, Tensor down, Tensor? down_bias) -> Tensor");
+      "feed_forward(Tensor x, Tensor? norm, Tensor? norm_bias, float norm_epsilon, bool centered, Tensor? gate, "
+      "Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int curve) -> Tensor");
   library.def(
-      "attend(Tensor x, Tensor? norm, float norm_epsilon, Tensor query, Tensor? query_bias, Tensor? key, "
-      "Tensor? key_bias, Tensor? value, Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor? query_norm, "
+      "attend(Tensor x, Tensor? norm, Tensor? norm_bias, float norm_epsilon, bool centered, Tensor query, "
+      "Tensor? query_bias, Tensor? key, Tensor? key_bias, Tensor? value, Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor? query_norm, "
       "Tensor? key_norm, float epsilon, Tensor? cosine, Tensor? sine, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? lengths, Tensor? slopes, "
       "int before, int after) -> Tensor");
 }

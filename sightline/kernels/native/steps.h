@@ -78,20 +78,23 @@ Tensor project(const Tensor& x, const Tensor& first, const Maybe& first_bias, co
   return project_all(floats(x), rows, depth, {one});
 }
 
-void norm_rows(const float* x, int64_t rows, const float* weight, double epsilon, int64_t width, float* out) {
-  const Kernels& kernels = *chosen.load();
-  for (int64_t row = 0; row < rows; ++row)
-    kernels.norm_row(x + row * width, weight, (float)epsilon, width, out + row * width);
-}
-
 Tensor norm(const Tensor& x, const Maybe& weight, double epsilon) {
   STD_TORCH_CHECK(plain(x, 2), "sightline: x must be float32 (rows width), contiguous");
   int64_t rows = x.size(0), width = x.size(1);
   STD_TORCH_CHECK(!weight || (plain(*weight, 1) && weight->size(0) == width),
                   "sightline: the norm's weight must be float32 (width), contiguous");
   Tensor out = empty({rows, width});
-  norm_rows(floats(x), rows, numbers(weight), epsilon, width, floats(out));
+  for (int64_t row = 0; row < rows; ++row)
+    chosen.load()->norm_row(floats(x) + row * width, numbers(weight), (float)epsilon, width, floats(out) + row * width);
   return out;
+}
+
+Norm norm_of(int64_t width, const Tensor& weight, const Maybe& bias, double epsilon, bool centered) {
+  STD_TORCH_CHECK(plain(weight, 1) && weight.size(0) == width &&
+                      (!bias || (plain(*bias, 1) && bias->size(0) == width && centered)),
+                  "sightline: a norm's weight (width) and LayerNorm's bias (width) must be float32, contiguous, and "
+                  "RMSNorm has no bias");
+  return {floats(weight), numbers(bias), (float)epsilon, centered, width};
 }
 
 // A pre-norm sublayer, x + f(norm(x)), where there is a norm; else f(x).
@@ -99,13 +102,13 @@ struct Residual {
   const Tensor& x;
   Tensor rows;  // what f reads
   bool there;
-  Residual(const Tensor& x, int64_t count, int64_t depth, const Maybe& weight, double epsilon)
+  Residual(const Tensor& x, int64_t count, int64_t depth, const Maybe& weight, const Maybe& bias, double epsilon,
+           bool centered)
       : x(x), rows(x), there(weight) {
     if (!there) return;
-    STD_TORCH_CHECK(plain(*weight, 1) && weight->size(0) == depth,
-                    "sightline: the norm's weight must be float32 (width), contiguous");
+    Norm norm = norm_of(depth, *weight, bias, epsilon, centered);
     rows = empty({count, depth});
-    norm_rows(floats(x), count, numbers(weight), epsilon, depth, floats(rows));
+    chosen.load()->norm_rows(norm, floats(x), count, {rows.mutable_data_ptr(), Dtype::float32});
   }
   Tensor add(Tensor made) const {
     if (!there) return made;
@@ -117,16 +120,22 @@ struct Residual {
   }
 };
 
-// down(silu(gate x) * up x), or without a gate down(max(up x, 0)); with a norm x + that of norm(x).
-Tensor feed_forward(const Tensor& input, const Maybe& norm, double epsilon, const Maybe& gate, const Maybe& gate_bias,
-                    const Tensor& up, const Maybe& up_bias, const Tensor& down, const Maybe& down_bias) {
+// Without a gate: that of max(x, 0), which is no `Curve`.
+constexpr int64_t kRelu = -1;
+
+// down(silu(gate x) * up x), or without a gate down(f(up x)), f of the number `curve`; with a norm x + that of norm(x).
+Tensor feed_forward(const Tensor& input, const Maybe& norm, const Maybe& norm_bias, double epsilon, bool centered,
+                    const Maybe& gate, const Maybe& gate_bias, const Tensor& up, const Maybe& up_bias,
+                    const Tensor& down, const Maybe& down_bias, int64_t curve) {
   STD_TORCH_CHECK(plain(input, 2), "sightline: x must be float32 (rows depth), contiguous");
   int64_t rows = input.size(0), depth = input.size(1), width = up.size(0);
-  Residual residual(input, rows, depth, norm, epsilon);
+  Residual residual(input, rows, depth, norm, norm_bias, epsilon, centered);
   const Tensor& x = residual.rows;
   check_map({up, up_bias}, depth);
   if (gate) check_map({*gate, gate_bias}, depth);
   STD_TORCH_CHECK(!gate || gate->size(0) == width, "sightline: gate and up must have the same columns");
+  STD_TORCH_CHECK(gate ? curve == (int64_t)Curve::silu : curve >= kRelu && curve <= (int64_t)Curve::gelu_tanh,
+                  "sightline: no such activation, or a gate without silu");
   Tensor hidden = empty({2, rows, width});
   float *gates = gate ? floats(hidden) + rows * width : nullptr, *ups = floats(hidden);
   Projection by_gate = {}, by_up = {floats(x), rows, depth, floats(up), numbers(up_bias), ups, width, width};
@@ -136,8 +145,12 @@ Tensor feed_forward(const Tensor& input, const Maybe& norm, double epsilon, cons
     int64_t first = own.begin(width), last = own.end(width);
     if (gate) kernels.project(by_gate, first, last);
     kernels.project(by_up, first, last);
-    for (int64_t row = 0; row < rows; ++row)
-      kernels.activate(gate ? gates + row * width + first : nullptr, ups + row * width + first, last - first);
+    for (int64_t row = 0; row < rows; ++row) {
+      float *own = ups + row * width + first, *gated = gate ? gates + row * width + first : nullptr;
+      Numbers made = {own, Dtype::float32};
+      if (gate || curve == kRelu) kernels.activate(gated, own, last - first);
+      else kernels.bend((Curve)curve, made, {nullptr, Dtype::float32}, last - first, made);
+    }
   });
   return residual.add(project_all(ups, rows, width, {{down, down_bias}}));
 }
@@ -159,7 +172,8 @@ struct Heads {
 // Attention of the newest tokens (batch tokens depth), the first of which stands at `start`, with its maps. Their keys
 // and values are put into the room for all tokens, (batch groups capacity width); without maps to them they are there.
 // With a norm x + that of norm(x).
-Tensor attend(const Tensor& x, const Maybe& norm, double norm_epsilon, const Tensor& query, const Maybe& query_bias, const Maybe& key, const Maybe& key_bias,
+Tensor attend(const Tensor& x, const Maybe& norm, const Maybe& norm_bias, double norm_epsilon, bool centered,
+              const Tensor& query, const Maybe& query_bias, const Maybe& key, const Maybe& key_bias,
               const Maybe& value, const Maybe& value_bias, const Tensor& output, const Maybe& output_bias,
               const Maybe& query_norm, const Maybe& key_norm, double epsilon, const Maybe& cosine, const Maybe& sine,
               const Tensor& keys, const Tensor& values, int64_t start, const Maybe& lengths, const Maybe& slopes,
@@ -168,7 +182,7 @@ Tensor attend(const Tensor& x, const Maybe& norm, double norm_epsilon, const Ten
   STD_TORCH_CHECK(plain(keys, 4) && plain(values, 4), "sightline: keys and values must be float32 of 4 axes, contiguous");
   int64_t batch = x.size(0), tokens = x.size(1), depth = x.size(2), rows = batch * tokens, groups = keys.size(1);
   int64_t width = keys.size(3), value_width = values.size(3), capacity = keys.size(2), of_queries = query.size(0);
-  int64_t heads = of_queries / width, stop = key ? start + tokens : start;
+  int64_t heads = width ? of_queries / width : 0, stop = key ? start + tokens : start;
   STD_TORCH_CHECK(of_queries == heads * width && heads > 0 && groups > 0 && heads % groups == 0 && start >= 0 &&
                       stop <= capacity && keys.size(0) == batch && values.size(0) == batch &&
                       values.size(1) == groups && values.size(2) == capacity && !key == !value &&
@@ -186,7 +200,7 @@ Tensor attend(const Tensor& x, const Maybe& norm, double norm_epsilon, const Ten
                   "sightline: lengths must be int64 (batch)");
   STD_TORCH_CHECK(!slopes || (plain(*slopes, 1) && slopes->size(0) == heads), "sightline: slopes must be float32 (heads)");
   Map by_query{query, query_bias};
-  Residual residual(x, rows, depth, norm, norm_epsilon);
+  Residual residual(x, rows, depth, norm, norm_bias, norm_epsilon, centered);
   const float* read = floats(residual.rows);
   Tensor joined = key ? project_all(read, rows, depth, {by_query, {*key, key_bias}, {*value, value_bias}})
                       : project_all(read, rows, depth, {by_query});

@@ -143,11 +143,8 @@ Tensor join(const Tensor& x, const Tensor& added) {
 // ---- norms ----
 
 Norm norm_of(const Tensor& x, const Tensor& weight, const Maybe& bias, double epsilon, bool centered) {
-  STD_TORCH_CHECK(plain(x, 2) && plain(weight, 1) && weight.size(0) == x.size(1) &&
-                      (!bias || (plain(*bias, 1) && bias->size(0) == x.size(1) && centered)),
-                  "sightline: x (rows width), the norm's weight (width) and LayerNorm's bias (width) must be float32, "
-                  "contiguous, and RMSNorm has no bias");
-  return {floats(weight), numbers(bias), (float)epsilon, centered, x.size(1)};
+  STD_TORCH_CHECK(plain(x, 2), "sightline: x must be float32 (rows width), contiguous");
+  return norm_of(x.size(1), weight, bias, epsilon, centered);
 }
 
 ScalarType product_type(bool half) { return half ? ScalarType::BFloat16 : ScalarType::Float; }
