@@ -73,10 +73,7 @@ def _native() -> dict[str, str]:
 def _multiplier() -> str:
     name = cpu.multiplier()
     others = [other for other in cpu.multipliers() if other != name]
-    why = " (torch takes MKL, which keeps to AVX2 here)" if name == "onednn" else ""
-    return (
-        name + why + "".join(f'; sightline.kernels.cpu.use_multiplier("{other}") takes the other' for other in others)
-    )
+    return name + "".join(f'; sightline.kernels.cpu.use_multiplier("{other}") takes the other' for other in others)
 
 
 def _choices() -> dict[str, Choice]:

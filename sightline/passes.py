@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sightline.kernels import cpu
-from sightline.kernels.products import rows_of, transformed
+from sightline.kernels.products import is_dense, rows_of, shaped_like, transformed
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -33,7 +33,6 @@ def gated_silu(joined: Tensor) -> Tensor:
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_KINDS = (nn.Parameter, Tensor)
 # The kernel's number of an activation, and whether it joins two halves.
 CURVES: dict[Callable[[Tensor], Tensor], tuple[int, bool]] = {
     gated_silu: (0, True),
@@ -50,21 +49,14 @@ def served(x: Tensor, *weights: Tensor | None) -> bool:
     """
     if transformed():
         return False
-    if cpu.MISSING or type(x) is not Tensor or x.dtype not in _DTYPES or not x.is_cpu or not x.numel():
+    if cpu.MISSING or type(x) is not Tensor or not is_dense(x) or x.dtype not in _DTYPES or not x.numel():
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    for weight in weights:
-        if weight is None:
-            continue
-        if (
-            weight.dtype != torch.float32
-            or type(weight) not in _KINDS
-            or not weight.is_cpu
-            or not weight.is_contiguous()
-        ):
-            return False
-    return True
+    return all(
+        weight is None or (weight.dtype == torch.float32 and is_dense(weight) and weight.is_contiguous())
+        for weight in weights
+    )
 
 
 def activated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -204,11 +196,6 @@ def place_backward(
         None if norm is None else grad for norm, grad in zip(tensors[:2], by_norms, strict=True)
     )
     return by_joined, by_query_norm, by_key_norm
-
-
-def shaped_like(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows with the leading axes of x. No view: what a step of autograd gives as a view cannot be changed in place."""
-    return torch.ops.aten._unsafe_view.default(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
 def _placing(joined: Tensor, tensors: Sequence[Tensor | None], heads: Heads) -> tuple[Any, ...]:

@@ -119,6 +119,8 @@ def is_own(module: nn.Module, kinds: dict[type[nn.Module], Callable[..., Any]]) 
     kind = type(module)
     if kind.forward is not kinds.get(kind) or "forward" in module.__dict__ or _has_any_global_hook():
         return False
+    if module._compiled_call_impl is not None:
+        return False
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

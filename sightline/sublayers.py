@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline import passes
 from sightline.kernels import cpu
-from sightline.kernels.products import rows_of
-from sightline.passes import shaped_like
+from sightline.kernels.products import rows_of, shaped_like
 from sightline.rows import NORMS, is_own
 
 Parameters = Sequence[Tensor | None]

@@ -1,11 +1,14 @@
 """Few rows by the native kernel: as accurate as the library's, and only where nobody else has a say."""
 
+import copy
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sightline import passes
 from sightline.blocks import Block
@@ -16,6 +19,7 @@ from sightline.generation import SampleConfig, sample_tokens
 from sightline.kernels import cpu, products
 from sightline.layers import MultiHeadAttention
 from sightline.masks import Causal, Padding
+from sightline.memory import held_bytes
 from sightline.models import Decoder, DecoderConfig
 from sightline.positions import Rotary
 from sightline.rows import RMSNorm, linear_maps, scores
@@ -436,8 +440,9 @@ def test_who_listens_to_a_part_of_a_block_hears_every_step(place):
 @pytest.mark.parametrize("changes", [{"norm_first": False}, {"dropout": 0.5}])
 def test_a_block_of_another_kind_has_its_modules_called(changes):
     """Norms after a sublayer, and dropout, in training alone."""
-    block, x = make_block(**changes), drawn(1, 6, 24)
-    torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
+    block, x = make_block(**changes), drawn(1, 12, 24)
+    exact = copy.deepcopy(block).double()(x.double())
+    torch.testing.assert_close(through(block, x, 1).double(), exact, rtol=1e-5, atol=1e-5)
     if block.dropout:
         block.train()
         assert not torch.equal(through(block, x, 1), through(block, x, 1))
@@ -447,17 +452,16 @@ def test_a_block_of_another_kind_has_its_modules_called(changes):
 def test_another_module_in_a_norms_place_is_called():
     unlearned = nn.LayerNorm(24, elementwise_affine=False)
     for other in (nn.Identity(), RMSNorm(24, elementwise_affine=False), nn.RMSNorm(24), unlearned):
-        block, x = make_block(), drawn(1, 6, 24)
+        block, x = make_block(), drawn(1, 12, 24)
         block.attention_norm = block.feed_forward_norm = other
-        torch.testing.assert_close(through(block, x, 1), block(x), rtol=1e-5, atol=1e-5)
+        exact = copy.deepcopy(block).double()(x.double())  # nothing of which is the kernel's
+        torch.testing.assert_close(through(block, x, 1).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sublayers_norm_and_width_are_checked():
     x, maps = drawn(1, 24), [(drawn(8, 24), None), (drawn(24, 8), None)]
     for norm in ((drawn(23), None), (drawn(24), drawn(23)), (drawn(24).double(), None)):
-        with pytest.raises(
-            RuntimeError, match=r"a norm's weight \(width\) and LayerNorm's bias"
-        ):
+        with pytest.raises(RuntimeError, match=r"a norm's weight \(width\) and LayerNorm's bias"):
             products.feed_forward(x, *maps, curve=products.RELU, norm=(*norm, 0.0, True))
     with pytest.raises(RuntimeError, match="RMSNorm has no bias"):
         products.feed_forward(x, *maps, curve=products.RELU, norm=(drawn(24), drawn(24), 0.0, False))
@@ -494,3 +498,87 @@ class Same(nn.Module):
 
     def forward(self, x):
         return self.tensor
+
+
+@torch.no_grad()
+def test_any_number_of_rows_costs_the_memory_of_few_shapes(multiplier):
+    """oneDNN keeps half a megabyte for every shape that it has met."""
+    x, weight = drawn(200, 96), drawn(96, 96, seed=1)
+    for rows in (80, 96, 112, 128, 160, 192, 200):
+        scores(x[:rows], weight)
+    before = held_bytes()
+    for rows in range(65, 200):
+        torch.testing.assert_close(scores(x[:rows], weight), x[:rows] @ weight.T, rtol=1e-5, atol=1e-4)
+    assert held_bytes() - before < 20e6
+
+
+def test_a_model_is_exported_for_any_length():
+    model = Decoder(DecoderConfig(vocabulary=50, context=64, d_model=32, num_layers=1, num_heads=4)).eval()
+    tokens, length = torch.randint(50, (1, 20)), torch.export.Dim("length", min=2, max=60)
+    with torch.no_grad():
+        exported = torch.export.export(model, (tokens,), dynamic_shapes={"tokens": {1: length}}).module()
+        for count in (3, 20, 40):
+            tokens = torch.randint(50, (1, count))
+            torch.testing.assert_close(exported(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_what_is_made_without_a_gradient_may_be_changed_in_place(rows, multiplier):
+    block, x = make_block(), drawn(1, rows, 24)
+    for make in (block, block.feed_forward, block.attention_norm, lambda x: linear_maps(x, block.feed_forward.up)[0]):
+        with torch.no_grad():
+            made = make(x)
+        made.mul_(nn.Parameter(torch.ones(())))
+        assert made.requires_grad
+
+
+class Scaled(torch.Tensor):
+    """Says float32, and knows how to be a linear map's weight, as quantised weights do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, *rest = (arg.as_subclass(torch.Tensor) if isinstance(arg, Scaled) else arg for arg in args)
+            return F.linear(x, 2 * weight, *rest)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("rows", [2, 20])
+def test_weights_of_other_kinds_are_the_modules(rows, multiplier):
+    x, linear = drawn(rows, 16), nn.Linear(16, 5)
+    plain = linear(x)
+    linear.weight = nn.Parameter((linear.weight / 2).detach().as_subclass(Scaled), requires_grad=False)
+    torch.testing.assert_close(linear_maps(x, linear)[0], plain)
+    linear.weight = nn.Parameter((2 * linear.weight.as_subclass(torch.Tensor)).to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(linear_maps(x, linear)[0], plain)
+    overlapping = drawn(40).as_strided((5, 16), (1, 2))
+    torch.testing.assert_close(scores(x, overlapping), x @ overlapping.T, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [2, 20])
+def test_operations_are_counted(rows, multiplier):
+    x, weight = drawn(rows, 16), drawn(5, 16)
+    with FlopCounterMode(display=False) as counter:
+        scores(x, weight)
+    assert counter.get_total_flops() == 2 * rows * 16 * 5
+
+
+@torch.no_grad()
+def test_a_sublayer_that_somebody_compiled_is_called():
+    block, frames = make_block(), []
+    block.feed_forward.compile(backend=lambda graph, _: frames.append(1) or graph.forward)
+    through(block, drawn(1, 4, 24), 1)
+    assert frames
+
+
+def test_who_multiplies_follows_the_cpu():
+    """AMD's since family 26 with AVX-512, where torch has oneDNN."""
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("only Linux tells")
+    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    facts = {name.strip(): fact.strip() for name, fact in facts.items()}
+    newer = facts.get("vendor_id") == "AuthenticAMD" and int(facts["cpu family"]) >= 26 and "avx512f" in facts["flags"]
+    assert cpu.multiplier() == ("onednn" if newer and "onednn" in cpu.multipliers() else "torch")

@@ -108,7 +108,7 @@ def multiplier() -> str:
 
 
 def use_multiplier(name: str) -> None:
-    """Have another one multiply from now on, in every thread.
+    """Have another one multiply from now on, in every thread; `torch.backends.mkldnn.enabled` does not reach it.
 
     Raises:
         ValueError: it is not there.

@@ -5,10 +5,12 @@ The operators `sightline::multiply` (a linear map, by the faster of torch's two 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from sightline.kernels import cpu
 
@@ -27,7 +29,7 @@ RELU, SILU = -1, 0
 
 def projects(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether `project` serves: the kernel is here, and x (... depth) has few rows, in float32, without a gradient."""
-    if x.numel() > FEW_ROWS * x.shape[-1] or not _serves(x, *weights):
+    if not _serves(x, *weights) or x.numel() > FEW_ROWS * x.shape[-1]:
         return False
     return all(weight is None or weight.is_contiguous() for weight in weights)
 
@@ -38,11 +40,19 @@ def multiplies(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def _serves(x: Tensor, *weights: Tensor | None) -> bool:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed():
+    if transformed() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or cpu.MISSING:
         return False
-    if cpu.MISSING or type(x) is not Tensor or x.dtype != torch.float32 or not x.is_cpu or not x.numel():
+    if type(x) is not Tensor or not is_dense(x) or x.dtype != torch.float32 or not x.numel():
         return False
-    return all(weight is None or weight.dtype == torch.float32 for weight in weights)
+    return all(weight is None or (weight.dtype == torch.float32 and is_dense(weight)) for weight in weights)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """On the CPU, of torch's own kinds, every number in a place of its own."""
+    return type(tensor) in _KINDS and tensor.is_cpu and tensor.layout is torch.strided
+
+
+_KINDS = (nn.Parameter, Tensor)
 
 
 def transformed() -> bool:
@@ -55,15 +65,15 @@ def transformed() -> bool:
 def project(x: Tensor, *maps: Map) -> Sequence[Tensor]:
     """What up to three linear maps, (weight bias), make of x (... depth), where `projects` says so."""
     arguments = [part for weight_and_bias in maps for part in weight_and_bias]
-    joined = torch.ops.sightline.project.default(rows_of(x), *arguments, *(None,) * (6 - len(arguments)))
-    joined = joined.view(*x.shape[:-1], -1)
+    rows = torch.ops.sightline.project.default(rows_of(x), *arguments, *(None,) * (6 - len(arguments)))
+    joined = shaped_like(x, rows)
     return (joined,) if len(maps) == 1 else joined.split([len(weight) for weight, _ in maps], dim=-1)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What a linear map, weight (columns depth), makes of x (... depth), where `multiplies` says so."""
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.sightline.multiply.default(rows_of(x), weight.T, bias).view(*x.shape[:-1], -1)
+    return shaped_like(x, torch.ops.sightline.multiply.default(rows_of(x), weight.T, bias))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -78,9 +88,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def shaped_like(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows with the leading axes of x. No view, which could not be changed in place where a gradient is wanted."""
+    return torch.ops.aten._unsafe_view.default(rows, (*x.shape[:-1], rows.shape[-1]))
+
+
 def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, where `projects` says so."""
-    return torch.ops.sightline.norm.default(rows_of(x), weight, epsilon).view_as(x)
+    return shaped_like(x, torch.ops.sightline.norm.default(rows_of(x), weight, epsilon))
 
 
 def feed_forward(
@@ -90,7 +105,7 @@ def feed_forward(
 
     `curve` is the number of f, with a gate `SILU`. With a norm x + that of norm(x): a whole sublayer.
     """
-    return torch.ops.sightline.feed_forward.default(rows_of(x), *norm, *gate, *up, *down, curve).view_as(x)
+    return shaped_like(x, torch.ops.sightline.feed_forward.default(rows_of(x), *norm, *gate, *up, *down, curve))
 
 
 def attend(
@@ -113,17 +128,21 @@ def attend(
     """
     query, output, key, value = (*maps, NO_MAP, NO_MAP)[:4]
     before, after = (-1 if limit is None else limit for limit in masks[:2])
-    joined = torch.ops.sightline.attend.default(
+    rows = torch.ops.sightline.attend.default(
         x.contiguous(), *norm, *query, *key, *value, *output, *norms, epsilon, *(tables or (None, None)), *room, start,
         None if masks.lengths is None else masks.lengths.to(torch.int64).contiguous(),
         None if masks.slopes is None else masks.slopes.to(torch.float32).contiguous(),
         before, after,
     )  # fmt: skip
-    return joined.view(*x.shape[:-1], -1)
+    return shaped_like(x, rows)
 
 
 if not cpu.MISSING:
 
-    @torch.library.register_fake("sightline::project")
-    def _(x: Tensor, *maps: Tensor | None) -> Tensor:
-        return x.new_empty(len(x), sum(len(weight) for weight in maps[::2] if weight is not None))
+    @register_flop_formula(torch.ops.sightline.multiply)
+    def _(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    @register_flop_formula(torch.ops.sightline.project)
+    def _(x: Sequence[int], *maps: Sequence[int] | None, **_: Any) -> int:
+        return sum(2 * x[0] * x[1] * weight[0] for weight in maps[::2] if weight is not None)

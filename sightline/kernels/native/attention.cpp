@@ -153,9 +153,10 @@ STABLE_TORCH_LIBRARY(sightline, library) {
       "Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int curve) -> Tensor");
   library.def(
       "attend(Tensor x, Tensor? norm, Tensor? norm_bias, float norm_epsilon, bool centered, Tensor query, "
-      "Tensor? query_bias, Tensor? key, Tensor? key_bias, Tensor? value, Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor? query_norm, "
-      "Tensor? key_norm, float epsilon, Tensor? cosine, Tensor? sine, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? lengths, Tensor? slopes, "
-      "int before, int after) -> Tensor");
+      "Tensor? query_bias, Tensor? key, Tensor? key_bias, Tensor? value, Tensor? value_bias, Tensor output, "
+      "Tensor? output_bias, Tensor? query_norm, Tensor? key_norm, float epsilon, Tensor? cosine, Tensor? sine, "
+      "Tensor(a!) keys, Tensor(b!) values, int start, Tensor? lengths, Tensor? slopes, int before, int after) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sightline, CPU, library) {

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <cstring>
+
 #include "instructions.h"
 #include "tensors.h"
 
@@ -43,25 +45,61 @@ Tensor flipped(const Tensor& matrix) {
   return Tensor(handle);
 }
 
+// The least number from `count` on that is 4 to 7 times a power of two; of thousands 16 to 31 times.
+int64_t even(int64_t count) {
+  int64_t step = 1, parts = count > 4096 ? 32 : 8;
+  while (parts * step <= count) step *= 2;
+  return (count + step - 1) / step * step;
+}
+
+// With rows of zeros behind.
+Tensor padded(const Tensor& matrix, int64_t rows) {
+  int64_t there = matrix.size(0), width = matrix.size(1);
+  Tensor out = empty({rows, width});
+  for (int64_t row = 0; row < there; ++row)
+    std::memcpy(floats(out) + row * width, (const float*)matrix.data_ptr() + row * matrix.stride(0),
+                sizeof(float) * (size_t)width);
+  std::memset(floats(out) + there * width, 0, sizeof(float) * (size_t)((rows - there) * width));
+  return out;
+}
+
+Tensor first_rows(const Tensor& matrix, int64_t rows) {
+  int64_t sizes[] = {rows, matrix.size(1)}, strides[] = {matrix.size(1), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+// oneDNN's product, or none where torch's own road is to be taken. For every shape oneDNN compiles, and keeps half a
+// megabyte; the length of a text may be any number. So there are few: rows are filled up to an even number of them, and
+// of the product over rows that a weight's gradient is, whose left side is turned round, only even ones are taken.
+Maybe onednn_times(const Tensor& left, const Tensor& right, const Maybe& bias) {
+  if (left.scalar_type() != ScalarType::Float || !left.numel() || !right.numel() || !by_onednn) return {};
+  int64_t rows = left.size(0), depth = left.size(1);
+  bool over_rows = left.stride(1) != 1;
+  if (over_rows && even(depth) != depth) return {};
+  int64_t filled = over_rows ? rows : even(rows);
+  Tensor read = filled == rows ? left : padded(left, filled);
+  AtenTensorHandle out, given = bias ? bias->get() : nullptr;
+  if (aoti_torch_cpu__linear_pointwise(read.get(), flipped(right).get(), bias ? &given : nullptr, "none", nullptr, 0,
+                                       nullptr, &out))
+    return {};  // it refuses strides that overlap
+  return filled == rows ? Tensor(out) : first_rows(Tensor(out), rows);
+}
+
 // left right, plus a bias if there is one, in the dtype of all three.
 Tensor times(const Tensor& left, const Tensor& right, const Maybe& bias = {}) {
   STD_TORCH_CHECK(left.is_cpu() && right.is_cpu() && left.dim() == 2 && right.dim() == 2 &&
                       left.size(1) == right.size(0) && left.scalar_type() == right.scalar_type(),
                   "sightline: the shapes or dtypes of a product do not belong together");
-  int32_t error;
-  if (left.scalar_type() == ScalarType::Float && left.numel() && right.numel() && by_onednn) {
-    AtenTensorHandle out, given = bias ? bias->get() : nullptr;
-    error = aoti_torch_cpu__linear_pointwise(left.get(), flipped(right).get(), bias ? &given : nullptr, "none", nullptr,
-                                             0, nullptr, &out);
-    if (!error) return Tensor(out);
-  } else {
-    Tensor out = empty({left.size(0), right.size(1)}, left.scalar_type());
-    error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1, 1)
-                 : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
-    if (!error) return out;
-  }
-  STD_TORCH_CHECK(false, "sightline: torch could not multiply ", left.size(0), " x ", left.size(1), " by ",
-                  right.size(0), " x ", right.size(1), "; if memory is short, fewer or shorter texts at once take less");
+  if (Maybe out = onednn_times(left, right, bias)) return *out;
+  Tensor out = empty({left.size(0), right.size(1)}, left.scalar_type());
+  int32_t error = bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1, 1)
+                       : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
+  STD_TORCH_CHECK(!error, "sightline: torch could not multiply ", left.size(0), " x ", left.size(1), " by ",
+                  right.size(0), " x ", right.size(1),
+                  "; if memory is short, fewer or shorter texts at once take less");
+  return out;
 }
 
 Tensor mapped(const Tensor& x, const Tensor& weight, const Maybe& bias) { return times(x, flipped(weight), bias); }

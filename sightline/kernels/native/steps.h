@@ -102,17 +102,17 @@ struct Residual {
   const Tensor& x;
   Tensor rows;  // what f reads
   bool there;
-  Residual(const Tensor& x, int64_t count, int64_t depth, const Maybe& weight, const Maybe& bias, double epsilon,
-           bool centered)
+  Residual(const Tensor& x, int64_t count, int64_t depth, int64_t columns, const Maybe& weight, const Maybe& bias,
+           double epsilon, bool centered)
       : x(x), rows(x), there(weight) {
     if (!there) return;
+    STD_TORCH_CHECK(columns == depth, "sightline: what is added to x must be as wide as x");
     Norm norm = norm_of(depth, *weight, bias, epsilon, centered);
     rows = empty({count, depth});
     chosen.load()->norm_rows(norm, floats(x), count, {rows.mutable_data_ptr(), Dtype::float32});
   }
   Tensor add(Tensor made) const {
     if (!there) return made;
-    STD_TORCH_CHECK(made.numel() == x.numel(), "sightline: what is added to x must be as wide as x");
     const float* from = floats(x);
     float* to = floats(made);
     for (int64_t i = 0, count = x.numel(); i < count; ++i) to[i] += from[i];
@@ -129,7 +129,7 @@ Tensor feed_forward(const Tensor& input, const Maybe& norm, const Maybe& norm_bi
                     const Tensor& down, const Maybe& down_bias, int64_t curve) {
   STD_TORCH_CHECK(plain(input, 2), "sightline: x must be float32 (rows depth), contiguous");
   int64_t rows = input.size(0), depth = input.size(1), width = up.size(0);
-  Residual residual(input, rows, depth, norm, norm_bias, epsilon, centered);
+  Residual residual(input, rows, depth, down.size(0), norm, norm_bias, epsilon, centered);
   const Tensor& x = residual.rows;
   check_map({up, up_bias}, depth);
   if (gate) check_map({*gate, gate_bias}, depth);
@@ -200,7 +200,7 @@ Tensor attend(const Tensor& x, const Maybe& norm, const Maybe& norm_bias, double
                   "sightline: lengths must be int64 (batch)");
   STD_TORCH_CHECK(!slopes || (plain(*slopes, 1) && slopes->size(0) == heads), "sightline: slopes must be float32 (heads)");
   Map by_query{query, query_bias};
-  Residual residual(x, rows, depth, norm, norm_bias, norm_epsilon, centered);
+  Residual residual(x, rows, depth, output.size(0), norm, norm_bias, norm_epsilon, centered);
   const float* read = floats(residual.rows);
   Tensor joined = key ? project_all(read, rows, depth, {by_query, {*key, key_bias}, {*value, value_bias}})
                       : project_all(read, rows, depth, {by_query});
