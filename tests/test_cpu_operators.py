@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from oracle import draw
+from torch.utils.flop_counter import FlopCounterMode
 
 from sightline.attention import attention, observe
 from sightline.kernels import cpu
@@ -171,6 +172,19 @@ def test_a_bad_call_ends_before_native_code(call, case, options, message, monkey
         monkeypatch.setattr(cpu, name, lambda *_, **__: pytest.fail("native code was called"))
     with pytest.raises((ValueError, ShapeError), match=message):
         call(*case, **options, implementation="cpu")
+
+
+def test_what_it_computes_is_counted():
+    """As torch counts the products of the definition, whatever the mask; five more in the backward."""
+    query, key, value = (torch.randn(2, heads, 30, 8, requires_grad=True) for heads in (4, 2, 2))
+    with FlopCounterMode(display=False) as products:
+        (query @ key.repeat_interleave(2, 1).mT) @ value.repeat_interleave(2, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        observe(query, key, value, Causal(), implementation="cpu")
+    assert counter.get_total_flops() == products.get_total_flops() > 0
+    with FlopCounterMode(display=False) as counter:
+        attention(query, key, value, implementation="cpu").sum().backward()
+    assert counter.get_total_flops() == products.get_total_flops() * 7 // 2
 
 
 def test_it_refuses_other_devices():

@@ -10,12 +10,14 @@ Masks come as plain numbers and tensors. float32, bfloat16 and float16, computed
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = Path(__file__).parent / "libsightline.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -284,6 +286,18 @@ def _four_axes(tensor: Tensor | None) -> Tensor | None:
 
 
 if _library is not None:
+    # Counted as torch counts its own on a GPU: every pair, whatever the mask.
+
+    @register_flop_formula([torch.ops.sightline.forward, torch.ops.sightline.observe])
+    def _(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+        batch, heads, queries, width = query
+        return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+    @register_flop_formula(torch.ops.sightline.backward)
+    def _(grad: Any, output: Any, logsumexp: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int],
+          *_: Any, **__: Any) -> int:  # fmt: skip
+        batch, heads, queries, width = query
+        return 2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3])
 
     @torch.library.register_fake("sightline::forward")
     def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
