@@ -190,12 +190,13 @@ struct Joined {
 
   Joined(const Tensor& joined, int64_t heads, int64_t groups, int64_t width, const Maybe& query_norm,
          const Maybe& key_norm, double epsilon, const Maybe& cosines, const Maybe& sines)
-      : batch(joined.size(0)), tokens(joined.size(1)), columns(joined.size(2)), of_queries(heads * width),
-        of_keys(groups * width), queries{heads, width, numbers(query_norm), (float)epsilon},
+      : batch(joined.size(0)), tokens(joined.size(1)), columns(joined.size(2)),
+        queries{heads, width, numbers(query_norm), (float)epsilon},
         keys{groups, width, numbers(key_norm), (float)epsilon}, cosine(numbers(cosines)), sine(numbers(sines)) {
     STD_TORCH_CHECK(numeric(joined, 3) && heads > 0 && groups > 0 && width > 0 && columns / width >= heads &&
                         columns / width - heads >= groups,
                     "sightline: expected float32 or bfloat16 (batch tokens columns), contiguous, with room for all heads");
+    of_queries = heads * width, of_keys = groups * width;
     for (const Maybe* weight : {&query_norm, &key_norm})
       STD_TORCH_CHECK(!*weight || (plain(**weight, 1) && (*weight)->size(0) == width),
                       "sightline: a norm's weight must be float32 (width), contiguous");
