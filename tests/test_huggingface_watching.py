@@ -220,6 +220,8 @@ def test_beams_are_captured_as_texts_or_not_at_all(seed):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["mistral", "llama4"])
 def test_a_prompt_in_pieces_is_one_prompt(family, cache):
+    if (family, cache) == ("mistral", "static") and not MODERN:
+        pytest.skip("this transformers has no static cache with a window that takes a prompt in pieces")
     ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(3))
     padding = torch.ones_like(ids)
     padding[0, :17] = 0  # two whole pieces, and a part of the third
@@ -227,13 +229,18 @@ def test_a_prompt_in_pieces_is_one_prompt(family, cache):
     options |= {"cache_implementation": "static"} if cache == "static" else {}
     with sl.huggingface.watch(model := build(family, NAME)) as seen:
         written = model.generate(ids, attention_mask=padding, pad_token_id=0, **options)
+    whole = torch.cat([padding, torch.ones(2, 3, dtype=torch.int64)], dim=1)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+    if not MODERN:  # all but the last token are given positions that count the padding
+        positions[:, :39] = torch.arange(39)
+    with torch.no_grad():
+        eager = build(family, "eager")(
+            written[:, :-1], attention_mask=whole, position_ids=positions, output_attentions=True
+        )
     for sequence, start in enumerate((17, 0)):
-        capture = seen.capture(sequence=sequence)
-        text = written[sequence : sequence + 1, start:-1]
-        assert (capture.ids, capture.prompt) == (tuple(text[0].tolist()), 40 - start)
-        with torch.no_grad():
-            attentions = build(family, "eager")(text, output_attentions=True).attentions
-        same(capture, [weights[0] for weights in attentions])
+        capture, own = seen.capture(sequence=sequence), slice(start, None)
+        assert (capture.ids, capture.prompt) == (tuple(written[sequence, start:-1].tolist()), 40 - start)
+        same(capture, [weights[sequence] for weights in eager.attentions], queries=own, keys=own)
 
 
 def test_the_prompt_is_known_without_a_cache_and_of_vectors():
@@ -253,11 +260,11 @@ def test_tokens_that_were_guessed_are_no_text(family):
     model, ids = build(family, NAME), inputs(family, batch=1)["input_ids"]
     ids = ids[:, :5].repeat(1, 5)
     with sl.huggingface.watch(model) as seen:
-        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False)
+        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False, eos_token_id=60)
     with pytest.raises(ValueError, match=r"watch: tokens were guessed and taken back.*prompt_lookup_num_tokens$"):
         seen.capture()
     with sl.huggingface.watch(model) as seen:
-        model.generate(ids, assistant_model=build(family, NAME), max_new_tokens=4, do_sample=False)
+        model.generate(ids, assistant_model=build("llama", NAME), max_new_tokens=4, do_sample=False)
         with pytest.raises(ValueError, match=r"watch: tokens were guessed and taken back"):
             seen.capture()
         model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -292,6 +299,7 @@ def other(name, shape, options):
     return made._from_config(config, attn_implementation=NAME).eval()
 
 
+@pytest.mark.skipif(not MODERN, reason="these models' attention does not go through the interface yet")
 def test_layers_that_are_no_capture_are_named():
     given = inputs("bert")
     albert = other("AlbertModel", "AlbertConfig", ENCODER | {"embedding_size": 16, "num_hidden_layers": 3})
