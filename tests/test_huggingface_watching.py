@@ -243,6 +243,13 @@ def test_a_prompt_in_pieces_is_one_prompt(family, cache):
         same(capture, [weights[sequence] for weights in eager.attentions], queries=own, keys=own)
 
 
+def test_the_map_of_a_long_prompt_in_pieces_is_as_coarse_as_in_one():
+    model = build("mistral", NAME, max_position_embeddings=70_000, num_hidden_layers=1)
+    with sl.huggingface.watch(model) as seen:
+        model.generate(torch.full((1, 66_000), 5), prefill_chunk_size=8192, max_new_tokens=1, do_sample=False)
+    assert seen.capture().map_block == 128
+
+
 def test_the_prompt_is_known_without_a_cache_and_of_vectors():
     model, given = build("gemma2", NAME), inputs("gemma2")
     vectors = model.get_input_embeddings()(given["input_ids"])

@@ -252,6 +252,8 @@ class Seen:
         if stack.kind == "cross":
             before = self._first("decoder")
             options |= {"same_text": False, "queries": before.own if before and before.padded else None}
+        elif stack.kind == "decoder":
+            options["room"] = self._given or 0
         stack.recorder = Recorder(stack.layers, **options)
 
     def _first(self, kind: str) -> Stack | None:
