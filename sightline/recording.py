@@ -41,7 +41,8 @@ class Recorder:
 
     `keys` says which tokens of each sequence are its own: `slice(3, None)` where it begins with 3 of padding,
     `slice(0, 5)` where it ends after 5. `queries` says it of the queries of another text. What is beside them is
-    attended to as the model would, and left out of the captures.
+    attended to as the model would, and left out of the captures. Such a list is read at every call: a slice may be set
+    until the first token in it comes.
 
     `top` and `map_block` are `observe()`'s; `map_block` None follows the length of the first call or, if that is more,
     `room`: the tokens that are expected in the end. With `file` the tensors of the one sequence lie in it.

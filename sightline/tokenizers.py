@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from operator import index
 from pathlib import Path
 from types import MappingProxyType
@@ -226,11 +227,7 @@ class Tokenizer:
         """
         tokens = [self._tokens[i] for i in self._checked(ids)]
         if self.kind == "bpe" or (self.kind == OTHER and "ByteLevel" in json.dumps(_rules(self._backend)[3])):
-            bytes_of = _byte_of_character()
-            tokens = [
-                bytes(bytes_of[c] for c in token).decode("utf-8", "backslashreplace") if bytes_of.keys() >= {*token}
-                else token for token in tokens
-            ]  # fmt: skip
+            tokens = list(map(text_of_bytes, tokens))
         return ["".join(c if c.isprintable() else _escape(c) for c in token) for token in tokens]
 
     def unknown_words(self, text: str) -> list[str]:
@@ -346,6 +343,19 @@ def _rules(backend: "tokenizers.Tokenizer") -> tuple:
     return (saved["model"]["type"], saved["normalizer"], saved["pre_tokenizer"], saved["decoder"])
 
 
+def text_of_bytes(token: str) -> str:
+    r"""The text of a token whose letters are bytes in GPT-2's disguise; what is only part of a character as `\xe2`.
+
+    >>> text_of_bytes("Ã©"), text_of_bytes("Ã"), text_of_bytes("▁a")
+    ('é', '\\xc3', '▁a')
+    """
+    bytes_of = _byte_of_character()
+    if not bytes_of.keys() >= {*token}:
+        return token
+    return bytes(bytes_of[letter] for letter in token).decode("utf-8", "backslashreplace")
+
+
+@cache
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's disguise of bytes as letters: printable Latin-1 stands for itself, the others count from U+0100."""
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -50,6 +50,7 @@ ROWS = [
     {"viewer.manifest"},
     {"pyramid"},
     {"inspection", "schedule", "costs", "conversion", "causality", "huggingface.watching"},
+    {"huggingface.stacks"},
     {"recording"},
     {"sequences"},
     {"store", "bridges"},

@@ -4,8 +4,11 @@ Knows nothing of browsers. The model's layers are found by their names when they
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from numbers import Integral
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,22 +18,31 @@ from sightline.attention import attention
 from sightline.captures import Capture
 from sightline.huggingface.interface import NAME, WATCHERS
 from sightline.huggingface.recipes import Recipe
+from sightline.huggingface.stacks import GUESSED, Stack, kind_of, layer_of, own_keys, without_room
 from sightline.masks import Mask
 from sightline.recording import Recorder
+from sightline.tokenizers import Tokenizer, text_of_bytes
 
-CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""What lets `generate` guess tokens and take some back."""
+ASKED = ("encode", "decode", "convert_ids_to_tokens")
+"""What a tokenizer is asked for."""
 
 
 @contextmanager
 def watch(model: nn.Module, *, layers: Sequence[int] | None = None, top: int = 8) -> Iterator["Seen"]:
     """Keep what the heads of a model of transformers see while the block runs, in O(N) memory; then `capture()` it.
 
-    The model's attention must be "sightline" (see `enable()`). `layers` None means all; `top` is `observe()`'s. Of
-    several passes the last is kept; the steps of `generate` with a cache are one pass that grows. Encoder, decoder
-    and cross-attention are kept apart. Steps on beams that change places are one text no more: capturing them is
-    refused.
+    The model's attention must be "sightline" (see `enable()`). `layers` None means all that have such attention;
+    `top` is `observe()`'s. Of several passes the last is kept; the steps of `generate` with a cache are one pass that
+    grows, and so are the pieces of a prompt (`prefill_chunk_size`). Encoder, decoder and cross-attention are kept
+    apart. Of a cache that was filled before the block the keys are seen, but not the tokens: they are shown as
+    numbers, and the queries begin after them.
 
-    Raises: ValueError for a model with another attention, or a layer that it does not have.
+    Steps on beams that change places are one text no more, and tokens that are guessed and taken back (assisted
+    decoding, prompt lookup) were never one: capturing them is refused.
+
+    Raises: ValueError for a model with another attention, a layer that it does not have, or `top` below 1.
 
     >>> import sightline as sl
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,37 +59,20 @@ def watch(model: nn.Module, *, layers: Sequence[int] | None = None, top: int = 8
     if not isinstance(model, nn.Module):
         raise ValueError(f"watch: expected a model of transformers, got {type(model).__name__}: open it first")
     seen = Seen(model, layers=layers, top=top)
-    hooks = [
-        module.register_forward_pre_hook(seen.read, with_kwargs=True)
-        for module in model.modules()
-        if hasattr(module, "set_attn_implementation")
-    ]
+    parts = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    hooks = [module.register_forward_pre_hook(seen.read, with_kwargs=True) for module in parts]
+    before = [(part, part.__dict__.get("generate")) for part in parts if hasattr(type(part), "generate")]
+    for part, method in before:
+        part.__dict__["generate"] = MethodType(seen.listening(part, method), part)
     WATCHERS.append(seen)
     try:
         yield seen
     finally:
         WATCHERS.remove(seen)
+        for part, method in before:
+            part.__dict__.update(generate=method) if method else part.__dict__.pop("generate")
         for hook in hooks:
             hook.remove()
-
-
-class _Stack:
-    """The layers of one kind in one part of a model, and what they saw in the last pass."""
-
-    def __init__(self, name: str, layers: Sequence[int]) -> None:
-        self.name, self.layers = name, tuple(layers)
-        self.kind = "decoder"
-        self.recorder: Recorder | None = None
-        self.counts = dict.fromkeys(self.layers, 0)
-        self.own: list[slice] = []
-        self.ids: Tensor | None = None
-        self.given = 0
-        """Queries of the first call."""
-        self.keys = 0
-        """Of the first call."""
-        self.last_key: Tensor | None = None
-        self.in_order = True
-        """No sequence took the place of another between two steps."""
 
 
 class Seen:
@@ -90,17 +85,29 @@ class Seen:
                 f"watch: expected attn_implementation={NAME!r}, and this {type(model).__name__} has another; "
                 f"call sl.huggingface.enable() and model.set_attn_implementation({NAME!r})"
             )
+        if layers is not None and not (
+            isinstance(layers, Iterable) and (layers := list(layers)) and all(map(_is_whole, layers))
+        ):
+            raise ValueError(f"watch: expected layers like [0, 2], or None for all; got {layers!r}")
+        if not _is_whole(top) or top < 1:
+            raise ValueError(f"watch: expected top to be a whole number, 1 or more; got {top!r}")
         self._model, self._top = model, top
         self._names = {module: name for name, module in model.named_modules()}
-        there = {_layer(name) for name in self._names.values()} - {None}
+        there = {layer_of(name) for name in self._names.values()} - {None}
         for layer in layers or ():
             if layer not in there:
                 raise ValueError(f"watch: {type(model).__name__} has no layer {layer}")
         self._layers = None if layers is None else set(layers)
         self._read: dict[str, Tensor] = {}
-        self._stacks: dict[str, _Stack] = {}
+        self._stacks: dict[str, Stack] = {}
         self._first_query = 0
         """Of the decoder, for the cross-attention that follows."""
+        self._forward = self._generation = 0
+        """How many calls of the model's parts, and of `generate`, there were."""
+        self._given: int | None = None
+        """How many tokens `generate` was given, while it runs."""
+        self._embedded = self._guessing = False
+        """It was given vectors; it goes on from tokens that were guessed."""
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -113,18 +120,29 @@ class Seen:
         `tokenizer` is the model's; None shows ids. `of` is "decoder", "encoder", "cross", or a part of one of the
         names in `stacks`; None is the decoder, or the only part there is.
 
-        Raises: ValueError for nothing seen, no such part or several, or beams that changed places.
+        Raises: ValueError for nothing seen, no such part or several, a tokenizer that is none, or what is no text:
+        beams that changed places, tokens that were taken back, layers of different shapes or called twice.
         """
         stack = self._chosen(of)
-        if not stack.in_order:
-            raise ValueError("watch: beams changed places between steps, so no row is one text; use num_beams=1")
+        reason = stack.reason()
+        if stack.kind == "cross" and (decoder := self._first("decoder")):
+            reason = reason or decoder.reason()
+        if reason is not None:
+            raise ValueError(f"watch: {reason}")
         if not 0 <= sequence < len(stack.own):
             raise ValueError(
                 f"watch: {len(stack.own)} sequences were seen, so there is no {sequence}; they count from 0"
             )
         assert stack.recorder is not None
-        counts = next(iter(stack.counts.values()))
+        counts = stack.counts[stack.leader]
         numbers, own = self._numbers(stack, sequence, counts)
+        if not len(_ids(numbers)):
+            raise ValueError(f"watch: sequence {sequence} is padding alone, so nothing was seen of it")
+        if stack.kind == "decoder" and own.stop is not None and counts > stack.keys:
+            raise ValueError(
+                f"watch: sequence {sequence} has padding behind its first {own.stop - own.start} tokens and went on "
+                "after it; give the tokenizer padding_side='left'"
+            )
         texts = _texts(tokenizer, numbers)
         options: dict[str, Any] = {"sequence": sequence, "model": self._description(stack), "separator": ""}
         if stack.kind == "cross":
@@ -137,13 +155,37 @@ class Seen:
 
     def read(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """The tokens that a part of the model is given."""
+        self._forward += 1
         ids = options.get("input_ids", arguments[0] if arguments else None)
         if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
             self._read[self._names[module]] = ids
 
+    def listening(self, part: Any, method: Callable | None) -> Callable:
+        """`generate` of a part of the model, or the method in its place, of which is known what it was given."""
+
+        @wraps(method or type(part).generate)
+        def listened(model: Any, *arguments: Any, **options: Any) -> Any:
+            before = self._given, self._embedded, self._guessing
+            config = options.get("generation_config") or getattr(model, "generation_config", None)
+            asked = [options.get(name) or getattr(config, name, None) for name in GUESSING]
+            vectors = options.get("inputs_embeds")
+            given = options.get("input_ids", options.get("inputs", arguments[0] if arguments else None))
+            given, self._embedded = (given, False) if vectors is None else (vectors, True)
+            self._given = None
+            if isinstance(given, Tensor) and not getattr(model.config, "is_encoder_decoder", False):
+                self._given = given.shape[1] if given.ndim == 2 + self._embedded else None
+            self._guessing |= any(asked)
+            self._generation += 1
+            try:
+                return method(*arguments, **options) if method else type(model).generate(model, *arguments, **options)
+            finally:
+                self._given, self._embedded, self._guessing = before
+
+        return listened
+
     def takes(self, module: nn.Module) -> bool:
         """Whether this module is watched."""
-        layer = _layer(self._names.get(module, ""))
+        layer = layer_of(self._names.get(module, ""))
         return layer is not None and (self._layers is None or layer in self._layers)
 
     def see(
@@ -155,34 +197,45 @@ class Seen:
         **options: Any,
     ) -> Tensor:
         """One call of attention, in its place."""
-        tensors, mask = _without_room(tensors, mask) if recipe is None else (tensors, mask)
+        tensors, mask = without_room(tensors, mask) if recipe is None else (tensors, mask)
         query, key, _ = tensors
-        stack, layer = self._stack(module), _layer(self._names[module])
+        stack, layer = self._stack(module), layer_of(self._names[module])
         assert layer is not None
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing computes again what was seen
+            return attention(*tensors, mask, **options)
         if stack.recorder is None:
-            stack.kind = _kind(stack.name, causal=mask.after == 0)
+            stack.kind = kind_of(stack.name, module, mask)
         first = self._position(stack, recipe, query, key)
-        if stack.recorder is None or (stack.counts[layer] and (stack.counts[layer] != first or not first)):
-            self._begin(stack, mask, query, key)
-        if layer == stack.layers[0]:
-            self._follow(stack, query, key, first)
-        assert stack.recorder is not None
-        output = stack.recorder(layer, *tensors, mask, **options)
+        if stack.begins(layer, first, forward=self._forward, generation=self._generation):
+            self._begin(stack, layer, first, mask, query, key)
+        if self._guessing:
+            stack.refusal = GUESSED
+        stack.meet(layer, query, key, mask, first)
+        if layer == stack.leader:
+            self._follow(stack, mask, query, key, first)
+        output = None
+        if stack.refusal is None:
+            assert stack.recorder is not None
+            output = stack.recorder(layer, *tensors, mask, **options)
         stack.counts[layer] = first + query.shape[2]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if output is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return attention(*tensors, mask, **options)
         return output
 
-    def _stack(self, module: nn.Module) -> _Stack:
+    def _stack(self, module: nn.Module) -> Stack:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", self._names[module], count=1)
+        pattern = re.compile(re.escape(name).replace(r"\*", r"\d+", 1) + "$")
+        if name in self._stacks and layer_of(self._names[module]) not in self._stacks[name].layers:
+            name += f" ({type(module).__name__})"
         if name not in self._stacks:
-            pattern = re.compile(re.escape(name).replace(r"\*", r"\d+", 1) + "$")
-            numbers = {_layer(other) for other in self._names.values() if pattern.match(other)}
+            # Under one name some layers may have no attention, but something else.
+            alike = (other for other, it in self._names.items() if type(other) is type(module) and pattern.match(it))
+            numbers = {layer_of(self._names[other]) for other in alike}
             watched = sorted(n for n in numbers if n is not None and (self._layers is None or n in self._layers))
-            self._stacks[name] = _Stack(name, watched)
+            self._stacks[name] = Stack(name, watched)
         return self._stacks[name]
 
-    def _position(self, stack: _Stack, recipe: Recipe | None, query: Tensor, key: Tensor) -> int:
+    def _position(self, stack: Stack, recipe: Recipe | None, query: Tensor, key: Tensor) -> int:
         """Where the first query of a call stands in its text."""
         if stack.kind == "cross":
             return self._first_query
@@ -191,35 +244,32 @@ class Seen:
             self._first_query = first
         return first
 
-    def _begin(self, stack: _Stack, mask: Mask, query: Tensor, key: Tensor) -> None:
+    def _begin(self, stack: Stack, layer: int, first: int, mask: Mask, query: Tensor, key: Tensor) -> None:
         """A new pass: what was seen before is forgotten."""
-        stack.own = _own(mask, len(query))
-        stack.counts = dict.fromkeys(stack.layers, 0)
-        stack.ids, stack.last_key, stack.in_order, stack.given, stack.keys = None, None, True, 0, 0
-        padded = any(own != slice(0, None) for own in stack.own)
-        options: dict[str, Any] = {"top": self._top, "keys": stack.own if padded else None}
+        stack.forget(layer, first)
+        stack.own = own_keys(mask, len(query), key.shape[2], pending=stack.kind == "decoder")
+        options: dict[str, Any] = {"top": self._top, "keys": stack.own if stack.padded else None}
         if stack.kind == "cross":
-            before = next(
-                (other for other in self._stacks.values() if other.kind == "decoder" and other.recorder), None
-            )
-            options |= {"same_text": False, "queries": None}
-            if before is not None and any(own != slice(0, None) for own in before.own):
-                options["queries"] = before.own
+            before = self._first("decoder")
+            options |= {"same_text": False, "queries": before.own if before and before.padded else None}
+        elif stack.kind == "decoder":
+            options["room"] = self._given or 0
         stack.recorder = Recorder(stack.layers, **options)
 
-    def _follow(self, stack: _Stack, query: Tensor, key: Tensor, first: int) -> None:
-        """The tokens of the queries, and whether the sequences are still where they were."""
+    def _first(self, kind: str) -> Stack | None:
+        return next((stack for stack in self._stacks.values() if stack.kind == kind and stack.recorder), None)
+
+    def _follow(self, stack: Stack, mask: Mask, query: Tensor, key: Tensor, first: int) -> None:
+        """The tokens of the queries, and where their sequences begin."""
         ids = self._ids_of(stack.name, tuple(query.shape[::2][:2]))
-        known = stack.ids
-        stack.ids = ids if known is None or ids is None else torch.cat([known, ids], dim=1)
-        stack.given = stack.given or first + query.shape[2]
-        stack.keys = stack.keys or key.shape[2]
-        if stack.last_key is not None and stack.kind == "decoder" and len(key) > 1:
-            before = key[:, :, -query.shape[2] - 1]
-            stack.in_order &= torch.equal(before, stack.last_key)
-            for other in self._stacks.values():
-                other.in_order &= stack.in_order or other.kind != "cross"
-        stack.last_key = key[:, :, -1].clone()
+        if not stack.counts[stack.leader]:
+            stack.ids, stack.keys = ids, key.shape[2]
+            stack.given = first + query.shape[2]
+            if stack.kind == "decoder" and self._given is not None and (ids is not None or self._embedded):
+                stack.given = self._given if first < self._given else stack.given
+        else:
+            stack.ids = None if ids is None or stack.ids is None else torch.cat([stack.ids, ids], dim=1)
+            stack.learn(mask, first, query.shape[2], key.shape[2])
 
     def _ids_of(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """What the innermost part of the model around these layers was given, if it has a token for each query."""
@@ -229,26 +279,31 @@ class Seen:
                 return self._read[part]
         return None
 
-    def _chosen(self, of: str | None) -> _Stack:
+    def _chosen(self, of: str | None) -> Stack:
         seen = [stack for stack in self._stacks.values() if stack.recorder is not None]
+        if not seen and self._forward:
+            layers = "" if self._layers is None else f" of the layers {sorted(self._layers)}"
+            raise ValueError(
+                f"watch: {type(self._model).__name__} ran, and no attention{layers} went through transformers' "
+                "AttentionInterface; what has another kind of layer there cannot be watched"
+            )
         if not seen:
             raise ValueError("watch: nothing was seen; run the model inside the block: with watch(model) as seen: ...")
         if of is None:
             found = [stack for stack in seen if stack.kind == "decoder"] or seen
         else:
-            found = [stack for stack in seen if of == stack.kind] or [stack for stack in seen if of in stack.name]
+            found = [stack for stack in seen if of == stack.kind] or [stack for stack in seen if of == stack.name]
+            found = found or [stack for stack in seen if of in stack.name]
         if len(found) != 1:
             there = ", ".join(f"{stack.name} ({stack.kind})" for stack in seen)
             raise ValueError(f"watch: of={of!r} is {len(found)} of the parts that were seen; name one of {there}")
         return found[0]
 
-    def _numbers(self, stack: _Stack, sequence: int, count: int) -> tuple[list[int] | int, slice]:
+    def _numbers(self, stack: Stack, sequence: int, count: int) -> tuple[list[int] | int, slice]:
         """The ids of one sequence's own keys, or how many there are."""
         own = stack.own[sequence]
         if stack.kind == "cross":
-            encoder = next(
-                (other for other in self._stacks.values() if other.kind == "encoder" and other.recorder), None
-            )
+            encoder = self._first("encoder")
             if encoder is not None and encoder.ids is not None:
                 return encoder.ids[sequence, own].tolist(), own
             return len(range(*own.indices(stack.keys))), own
@@ -256,65 +311,28 @@ class Seen:
             return len(range(*own.indices(count))), own
         return stack.ids[sequence, own].tolist(), own
 
-    def _cross_queries(self, stack: _Stack, sequence: int, count: int) -> list[int] | int:
-        decoder = next((other for other in self._stacks.values() if other.kind == "decoder" and other.recorder), None)
+    def _cross_queries(self, stack: Stack, sequence: int, count: int) -> list[int] | int:
+        decoder = self._first("decoder")
         return count if decoder is None else self._numbers(decoder, sequence, count)[0]
 
-    def _description(self, stack: _Stack) -> str:
+    def _description(self, stack: Stack) -> str:
         return f"{type(self._model).__name__}, {stack.name}"
-
-
-def _layer(name: str) -> int | None:
-    """The first number in the name of a module."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def _kind(name: str, *, causal: bool) -> str:
-    last = name.rpartition("*")[2]
-    if CROSS.search(last):
-        return "cross"
-    if "decoder" in name:
-        return "decoder"
-    return "decoder" if causal else "encoder"
-
-
-def _without_room(tensors: tuple[Tensor, Tensor, Tensor], mask: Mask) -> tuple[tuple[Tensor, Tensor, Tensor], Mask]:
-    """A call with a matrix for a mask, without the keys at the end that its newest query does not see."""
-    query, key, value = tensors
-    seen = _seen(mask)
-    queries, keys = query.shape[2], key.shape[2]
-    if seen is None or seen.shape[-2] != queries or queries >= keys:
-        return tensors, mask
-    newest = seen[:, :, -1].flatten(0, 1).any(0).nonzero().flatten().tolist() or [keys - 1]
-    there = newest[-1] + 1
-    return (query, key[:, :, :there], value[:, :, :there]), mask.window((0, queries), (0, there))
-
-
-def _own(mask: Mask, batch: int) -> list[slice]:
-    """Which keys are each sequence's own: what is hidden before the first and after the last of them is padding."""
-    seen = _seen(mask)
-    if seen is None:
-        return [slice(0, None)] * batch
-    slices = []
-    for exists in seen.any(2).expand(batch, -1, -1)[:, 0]:
-        places = exists.nonzero().flatten().tolist() or [0]
-        slices.append(slice(places[0], None if places[-1] == len(exists) - 1 else places[-1] + 1))
-    return slices
-
-
-def _seen(mask: Mask) -> Tensor | None:
-    """(batch 1 queries keys), some of size 1: which pairs the tensors of a mask let see in any head."""
-    parts = [None if mask.bias is None else mask.bias > torch.finfo(mask.bias.dtype).min / 2, mask.allowed]
-    planes = [part.any(1, keepdim=True) for part in parts if part is not None and part.ndim == 4]
-    return None if not planes else planes[0] if len(planes) == 1 else planes[0] & planes[1]
 
 
 def _ids(numbers: list[int] | int) -> list[int]:
     return list(range(numbers)) if isinstance(numbers, int) else numbers
 
 
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def _texts(tokenizer: Any, numbers: list[int] | int) -> list[str]:
     """Each token as it stands in the text; a token that is no whole character as the tokenizer names it."""
+    if isinstance(tokenizer, Tokenizer):
+        return _texts(None, numbers) if isinstance(numbers, int) else tokenizer.pieces(numbers)
+    if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ASKED):
+        raise ValueError(f"watch: expected the tokenizer of the model, or None; got {type(tokenizer).__name__}")
     if tokenizer is None or isinstance(numbers, int):
         return list(map(str, _ids(numbers)))
     # Alone, a token would lose the space before it; behind another it does not.
@@ -326,6 +344,7 @@ def _texts(tokenizer: Any, numbers: list[int] | int) -> list[str]:
         text = text[len(before) :] if text.startswith(before) else tokenizer.decode([number])
         if not text or "\ufffd" in text:
             # A model may have more ids than its tokenizer has names.
-            text = tokenizer.convert_ids_to_tokens(number) or f"<{number}>"
+            name = tokenizer.convert_ids_to_tokens(number) or f"<{number}>"
+            text = text_of_bytes(name) if "\ufffd" in text else name
         texts[number] = text
     return [texts[number] for number in numbers]
