@@ -455,9 +455,7 @@ def test_another_module_in_a_norms_place_is_called():
 def test_a_sublayers_norm_and_width_are_checked():
     x, maps = drawn(1, 24), [(drawn(8, 24), None), (drawn(24, 8), None)]
     for norm in ((drawn(23), None), (drawn(24), drawn(23)), (drawn(24).double(), None)):
-        with pytest.raises(
-            RuntimeError, match=r"a norm's weight \(width\) and LayerNorm's bias"
-        ):
+        with pytest.raises(RuntimeError, match=r"a norm's weight \(width\) and LayerNorm's bias"):
             products.feed_forward(x, *maps, curve=products.RELU, norm=(*norm, 0.0, True))
     with pytest.raises(RuntimeError, match="RMSNorm has no bias"):
         products.feed_forward(x, *maps, curve=products.RELU, norm=(drawn(24), drawn(24), 0.0, False))
