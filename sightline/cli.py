@@ -296,7 +296,9 @@ def _stages(
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
     names = [one for one in (model, compare) if one is not None]
-    if target is None and any(map(folders.is_foreign, names)):
+    if target is not None and folders.is_foreign(model):
+        raise ValueError(f"--target is of a translation, and {model} is of transformers, which reads --text alone")
+    if any(map(folders.is_foreign, names)):
         return folders.stages(names, open_model, open_text(text, errors), tell=note, **options)
     first = open_model(model, Decoder, EncoderDecoder)
     if isinstance(first, EncoderDecoder):

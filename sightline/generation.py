@@ -8,9 +8,10 @@ Knows nothing about training, files or terminals.
 import math
 import re
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -209,7 +210,7 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
         while config.tokens is None or count < config.tokens:
             if len(window) > context:
                 if not outgrown:
-                    _warn_outgrown(context)
+                    warn_outgrown(context)
                     outgrown = True
                 unread = window = window[-((context + 1) // 2) :]
                 if cache is not None:
@@ -225,7 +226,8 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
             yield token
 
 
-def _warn_outgrown(context: int) -> None:
+def warn_outgrown(context: int) -> None:
+    """Say that the older half is forgotten from here on."""
     warnings.warn(
         f"the text has outgrown the model's context of {context} tokens: from here on, whenever it is full, "
         "the model forgets the older half",
@@ -277,6 +279,25 @@ def generate(
         )
     start = _start(tokenizer, prompt or "")
     tokens = sample_tokens(model, start, config, use_cache=use_cache)
+    return words(tokenizer, start, tokens, config)
+
+
+class Reader(Protocol):
+    """What tokens are turned into text by: a `Tokenizer`, or another library's."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def ends(self) -> Collection[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+def words(
+    tokenizer: Reader, start: Sequence[int], tokens: Generator[int, None, None], config: SampleConfig
+) -> Generator[str, None, None]:
+    """The text of tokens that follow `start`, word by word, as `generate` yields it; `tokens` is closed at the end."""
     limit = config.words if config.tokens is None else None
     return _words(_Pending(tokenizer, start), tokens, limit, config.stop)
 
@@ -296,9 +317,9 @@ def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
 class _Pending:
     """The new text that has not been given out yet, decoded from as few tokens as can be."""
 
-    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
+    def __init__(self, tokenizer: Reader, before: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.ids = before[-_TAIL:]
+        self.ids = list(before[-_TAIL:])
         self.given = len(tokenizer.decode(self.ids))
         self.text = ""
         self.tokens = 0
