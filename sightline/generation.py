@@ -183,13 +183,15 @@ def sample_tokens(
         ContextWarning: once per call, when the context is outgrown.
 
     Raises:
-        ValueError: no tokens to start from, a token outside the vocabulary, or logits that are not numbers.
+        ValueError: a model of another kind, no tokens to start from, a token outside the vocabulary, or logits that
+            are not numbers.
 
     >>> from sightline.models import DecoderConfig
     >>> model = Decoder(DecoderConfig(vocabulary=5, context=8, d_model=8, num_layers=1, num_heads=2))
     >>> len(list(sample_tokens(model, [3], SampleConfig(tokens=4, seed=1))))
     4
     """
+    _expect_decoder("sample_tokens", model)
     window = [int(token) for token in tokens]
     if not window:
         raise ValueError("sample_tokens() needs at least one token to start from, but got none")
@@ -198,6 +200,14 @@ def sample_tokens(
         if not 0 <= token < vocabulary:
             raise ValueError(f"tokens must be from 0 to {vocabulary - 1} (the vocabulary), but one is {token}")
     return _sample(model, window, config, use_cache)
+
+
+def _expect_decoder(name: str, model: object) -> None:
+    if not isinstance(getattr(model, "_orig_mod", model), Decoder):  # torch.compile keeps the model there
+        raise ValueError(
+            f"{name}: expected a Decoder, got {type(model).__name__}: sl.translate writes with an EncoderDecoder, and "
+            "a model of transformers has a generate() of its own, which sl.huggingface.watch sees"
+        )
 
 
 def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: bool) -> Generator[int, None, None]:
@@ -259,8 +269,8 @@ def generate(
         ContextWarning: once per call, when the model's context is outgrown (see `sample_tokens`).
 
     Raises:
-        ValueError: the model has no tokenizer, the prompt has words that the vocabulary lacks, or the logits
-            are not numbers.
+        ValueError: a model of another kind or without a tokenizer, words in the prompt that the vocabulary lacks, or
+            logits that are not numbers.
 
     Source: Vaswani et al. 2017, section 3: each token is generated from those before it.
 
@@ -271,6 +281,7 @@ def generate(
     >>> len(list(generate(model, "the cat", SampleConfig(words=3))))
     3
     """
+    _expect_decoder("generate", model)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(
