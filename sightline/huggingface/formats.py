@@ -37,10 +37,12 @@ def write_huggingface(folder: Path, model: Decoder) -> None:
     description: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.context,
+        "padding_side": "left",  # where a text that is to be written on is padded
         "clean_up_tokenization_spaces": False,
     }
     if ends:
-        description["eos_token"] = model.tokenizer.pieces(ends[:1])[0]
+        # It pads too: a batch of texts needs some token for that, and an end is left out of what is shown anyway.
+        description["eos_token"] = description["pad_token"] = model.tokenizer.pieces(ends[:1])[0]
     write_json(folder / "tokenizer_config.json", description)
 
 
