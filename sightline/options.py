@@ -71,7 +71,7 @@ def _layers(values: list[str]) -> tuple[int, ...] | None:
     numbers = [number for value in values for number in value.split(",")]
     if numbers == ["None"]:
         return None
-    if not numbers or not all(number.isdecimal() for number in numbers):
+    if not all(number.isdecimal() for number in numbers):
         raise ValueError(f"not whole numbers: {' '.join(values)!r}")
     return tuple(map(int, numbers))
 

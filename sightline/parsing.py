@@ -19,7 +19,6 @@ _KINDS = {
     "INT": "a whole number",
     "FLOAT": "a number",
     "FLOAT FLOAT": "two numbers",
-    "{[INT [INT ...]]}": "whole numbers",
     "INT,INT": "whole numbers such as 0,2",
     "{[FLOAT [FLOAT ...]]}": "numbers",
 }

@@ -299,13 +299,21 @@ def test_a_model_without_attention_has_none_to_show(tmp_path, capsys):
     assert (code, printed) == (0, tokenizer.decode(ids[0]) + "\n")
 
 
-def test_a_command_that_does_not_take_it_says_which_models_it_takes(gemma, capsys):
+def test_a_command_that_does_not_take_it_says_why_and_which_models_it_takes(gemma, capsys):
+    why = "the model_type 'gemma2' cannot be opened as a Decoder; llama, mistral, qwen2, qwen3, gpt2, opt can; this "
     code, _, told = run(capsys, "evaluate", "embedded", "--model", gemma)
-    assert code == 2 and "this command takes a run or a folder of transformers that holds llama, mistral," in told
+    assert code == 2 and f"{why}command takes a run or a Decoder's folder; generate and look take any causal" in told
     code, _, told = run(capsys, "translate", "--model", gemma, "the cat")
-    assert code == 2 and "takes a run of sightline train --task translate; generate and look take it" in told
+    assert code == 2 and f"{why}command takes a run of sightline train --task translate" in told
     code, _, told = run(capsys, "look", "--model", gemma, "--text", "the cat", "--target", "cat")
     assert code == 2 and "--target is of a translation" in told
+
+
+def test_a_layer_that_is_not_there_is_told(gemma, tmp_path, capsys):
+    options = ("look", "--model", gemma, "--text", __file__, "--tokens", 5, "--out", tmp_path / "page.html")
+    for given, line in ((["--layers", "0,7"], "has no layer 7"), (["--layers"], "no layer asked for; give some, such")):
+        code, _, told = run(capsys, *options, *given)
+        assert code == 2 and line in told and told.count("\n") == 1, told
 
 
 def test_the_notes_of_look_are_those_of_a_decoder(gemma, tmp_path, capsys):

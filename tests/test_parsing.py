@@ -22,7 +22,6 @@ MISTAKES = {
     "look --layers a": "expected whole numbers such as 0,2 or None for --layers, got 'a'",
     "look --layers 0,x 2": "expected whole numbers such as 0,2 or None for --layers, got '0,x 2'",
     "look --layers 0,": "expected whole numbers such as 0,2 or None for --layers, got '0,'",
-    "look --layers": "expected whole numbers such as 0,2 or None for --layers, got ''",
     "train x --out y --steps 0,2": "expected a whole number or recipe or None for --steps, got '0,2'",
 }
 

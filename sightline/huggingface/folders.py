@@ -112,7 +112,8 @@ class Foreign:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(ids))
+        # Cleaning takes spaces away that were shown already.
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def write(self, prompt: str, config: SampleConfig) -> Iterator[str]:
         """What follows a prompt, as `generation.generate` writes.
@@ -131,6 +132,8 @@ class Foreign:
         Raises: ValueError for more tokens than its context holds, a text without any, a layer that it lacks, or a
             model without attention.
         """
+        if layers is not None and not layers:
+            raise ValueError("no layer asked for; give some, such as 0,2, or None for all")
         most = looking.room(self.context, tokens, write)
         ids = looking.beginning(corpus, self.encode, most)
         if not ids:

@@ -142,7 +142,7 @@ def vocabulary(config: Any) -> int:
 
 def _expect_ids(name: Path, config: Any, tokenizer: Any) -> None:
     """Tokens that were added, such as one that stands for a picture, may be beyond the model's: text has none."""
-    size, added = vocabulary(config), tokenizer.added_tokens_decoder
+    size, added = vocabulary(config), getattr(tokenizer, "added_tokens_decoder", {})
     most = max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1)
     if most >= size:
         raise ValueError(f"{name}: the model has {size} tokens, but the tokenizer has one with the id {most}")
