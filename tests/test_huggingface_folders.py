@@ -17,7 +17,7 @@ from families import build  # noqa: E402 (after the skip)
 
 import sightline as sl  # noqa: E402
 from sightline.cli import main  # noqa: E402
-from sightline.generation import SampleConfig  # noqa: E402
+from sightline.generation import SampleConfig, draw  # noqa: E402
 from sightline.huggingface.folders import Foreign, is_foreign  # noqa: E402
 from sightline.tokenizers import Tokenizer  # noqa: E402
 
@@ -178,18 +178,19 @@ def test_without_a_prompt_it_starts_as_a_text_does(gemma):
 
 @pytest.mark.filterwarnings("always::sightline.generation.ContextWarning")
 def test_a_text_outgrows_the_context_with_a_note_as_a_decoders_does(gemma, capsys):
-    options = ("--tokens", 80, "--top-k", 1)
+    options = ("--tokens", 80, "--seed", 3, "--temperature", 0.5)
     prompt = "the cat sat on the mat " * 3
     code, printed, told = run(capsys, "generate", "--model", gemma, prompt, *options)
     assert code == 0 and told.count("outgrown the model's context of 128 tokens") == 1, told
     # The definition: no cache, and the newer half whenever there are more than the context holds.
-    model = Foreign(gemma)
+    model, config = Foreign(gemma), SampleConfig(tokens=80, seed=3, temperature=0.5)
+    generator = config.generator()
     ids = model.encode(prompt)
     window = list(ids)
     for _ in range(80):
         window = window if len(window) <= 128 else window[-64:]
         with torch.no_grad():
-            token = int(model.model(torch.tensor([window])).logits[0, -1].argmax())
+            token = draw(model.model(torch.tensor([window])).logits[0, -1], config, generator)
         ids, window = [*ids, token], [*window, token]
     assert printed == model.decode(ids) + "\n"
     code, _, told = run(capsys, "generate", "--model", gemma, prompt * 4, "--tokens", 1)
