@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from families import build  # noqa: E402 (after the skip)
+from families import FAMILIES, build  # noqa: E402 (after the skip)
 
 import sightline as sl  # noqa: E402
 from sightline.cli import main  # noqa: E402
@@ -281,6 +281,14 @@ def test_what_writes_no_text_is_for_python(family, tmp_path, capsys):
         code, _, told = run(capsys, *command)
         assert code == 2 and "is no language model that writes" in told and "sl.huggingface.watch" in told
         assert told.count("\n") == 1
+
+
+def test_the_decoder_of_a_pair_writes_where_it_was_saved_alone(tmp_path, capsys):
+    _, shape, sizes = FAMILIES["bart"]
+    transformers.BartForCausalLM(getattr(transformers, shape)(**sizes)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, TEXT)
+    code, printed, told = run(capsys, "generate", "--model", tmp_path, "the cat", "--tokens", 2, "--seed", 1)
+    assert code == 0 and printed.startswith("the cat"), told
 
 
 def test_a_model_without_attention_has_none_to_show(tmp_path, capsys):
