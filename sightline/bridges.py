@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sightline.captures import AXES, Capture
+from sightline.memory import shown
 from sightline.observation import LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def to_matrices(capture: Capture, *, limit_bytes: int = LIMIT_BYTES) -> tuple[Te
     size = 4 * layers * heads * queries * keys
     if size > limit_bytes:
         raise ValueError(
-            f"to_matrices: {layers} layers x {heads} heads x {queries} x {keys} weights take {size / 2**20:,.0f} MiB, "
-            f"more than the {limit_bytes / 2**20:,.0f} MiB of limit_bytes; capture fewer layers or a shorter text, "
+            f"to_matrices: {layers} layers x {heads} heads x {queries} x {keys} weights take {shown(size)}, "
+            f"more than the {shown(limit_bytes)} of limit_bytes; capture fewer layers or a shorter text, "
             "take windows of capture.weights, or look at all of it with serve(capture)"
         )
     return tuple(

@@ -24,7 +24,7 @@ from sightline.events import each
 from sightline.generation import SampleConfig
 from sightline.models import Decoder
 from sightline.opening import fetch, open_model, open_text
-from sightline.options import Decoding, Sampling, Shape, Training, given
+from sightline.options import Decoding, Layers, Sampling, Shape, Training, given
 from sightline.parsing import named, parsed
 from sightline.recipes import RecipeName
 from sightline.schedule import TrainConfig
@@ -243,7 +243,7 @@ def look(
     target: Annotated[str | None, arg(help="Of the line --text, where --model translates. None: it writes it.")] = None,
     capture: Annotated[Path | None, arg(help="What --save wrote, instead of a model and a text.")] = None,
     tokens: Annotated[int | None, arg(help="How many tokens. None: as many as the model's context holds.")] = None,
-    layers: Annotated[tuple[int, ...] | None, arg(help="Which layers. None: all.")] = None,
+    layers: Annotated[Layers, arg(help="Which layers, such as 0,2. None: all.")] = None,
     heads: Annotated[str | None, arg(help="Which to show, layer.head, such as 0.1,2.3. None: all.")] = None,
     write: Annotated[int, arg(help="Let the model write so many tokens after the text, and show them too.")] = 0,
     compare: Annotated[Path | None, arg(help="Another model, to look at the same text beside the first.")] = None,
@@ -296,7 +296,9 @@ def _stages(
     if compare == model:
         raise ValueError("--compare takes another model, and this is --model's: name another step or run")
     names = [one for one in (model, compare) if one is not None]
-    if target is None and any(map(folders.is_foreign, names)):
+    if target is not None and folders.is_foreign(model):
+        raise ValueError(f"--target is of a translation, and {model} is of transformers, which reads --text alone")
+    if any(map(folders.is_foreign, names)):
         return folders.stages(names, open_model, open_text(text, errors), tell=note, **options)
     first = open_model(model, Decoder, EncoderDecoder)
     if isinstance(first, EncoderDecoder):

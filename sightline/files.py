@@ -149,10 +149,17 @@ def sha256(file: Path) -> str:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Reads a safetensors file into memory that does not lean on the file."""
+    with open_tensors(file) as stored:
+        return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, open; a ValueError where it is damaged."""
     expect_file(file)
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+            yield stored
     except SafetensorError as error:
         raise ValueError(
             f"expected {file} to be a whole safetensors file, but: {error}; "

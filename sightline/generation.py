@@ -8,9 +8,10 @@ Knows nothing about training, files or terminals.
 import math
 import re
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -182,13 +183,15 @@ def sample_tokens(
         ContextWarning: once per call, when the context is outgrown.
 
     Raises:
-        ValueError: no tokens to start from, a token outside the vocabulary, or logits that are not numbers.
+        ValueError: a model of another kind, no tokens to start from, a token outside the vocabulary, or logits that
+            are not numbers.
 
     >>> from sightline.models import DecoderConfig
     >>> model = Decoder(DecoderConfig(vocabulary=5, context=8, d_model=8, num_layers=1, num_heads=2))
     >>> len(list(sample_tokens(model, [3], SampleConfig(tokens=4, seed=1))))
     4
     """
+    _expect_decoder("sample_tokens", model)
     window = [int(token) for token in tokens]
     if not window:
         raise ValueError("sample_tokens() needs at least one token to start from, but got none")
@@ -197,6 +200,14 @@ def sample_tokens(
         if not 0 <= token < vocabulary:
             raise ValueError(f"tokens must be from 0 to {vocabulary - 1} (the vocabulary), but one is {token}")
     return _sample(model, window, config, use_cache)
+
+
+def _expect_decoder(name: str, model: object) -> None:
+    if not isinstance(getattr(model, "_orig_mod", model), Decoder):  # torch.compile keeps the model there
+        raise ValueError(
+            f"{name}: expected a Decoder, got {type(model).__name__}: sl.translate writes with an EncoderDecoder, and "
+            "a model of transformers has a generate() of its own, which sl.huggingface.watch sees"
+        )
 
 
 def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: bool) -> Generator[int, None, None]:
@@ -209,7 +220,7 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
         while config.tokens is None or count < config.tokens:
             if len(window) > context:
                 if not outgrown:
-                    _warn_outgrown(context)
+                    warn_outgrown(context)
                     outgrown = True
                 unread = window = window[-((context + 1) // 2) :]
                 if cache is not None:
@@ -225,7 +236,8 @@ def _sample(model: Decoder, window: list[int], config: SampleConfig, use_cache: 
             yield token
 
 
-def _warn_outgrown(context: int) -> None:
+def warn_outgrown(context: int) -> None:
+    """Say that the older half is forgotten from here on."""
     warnings.warn(
         f"the text has outgrown the model's context of {context} tokens: from here on, whenever it is full, "
         "the model forgets the older half",
@@ -257,8 +269,8 @@ def generate(
         ContextWarning: once per call, when the model's context is outgrown (see `sample_tokens`).
 
     Raises:
-        ValueError: the model has no tokenizer, the prompt has words that the vocabulary lacks, or the logits
-            are not numbers.
+        ValueError: a model of another kind or without a tokenizer, words in the prompt that the vocabulary lacks, or
+            logits that are not numbers.
 
     Source: Vaswani et al. 2017, section 3: each token is generated from those before it.
 
@@ -269,6 +281,7 @@ def generate(
     >>> len(list(generate(model, "the cat", SampleConfig(words=3))))
     3
     """
+    _expect_decoder("generate", model)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(
@@ -277,6 +290,25 @@ def generate(
         )
     start = _start(tokenizer, prompt or "")
     tokens = sample_tokens(model, start, config, use_cache=use_cache)
+    return words(tokenizer, start, tokens, config)
+
+
+class Reader(Protocol):
+    """What tokens are turned into text by: a `Tokenizer`, or another library's."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def ends(self) -> Collection[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+def words(
+    tokenizer: Reader, start: Sequence[int], tokens: Generator[int, None, None], config: SampleConfig
+) -> Generator[str, None, None]:
+    """The text of tokens that follow `start`, word by word, as `generate` yields it; `tokens` is closed at the end."""
     limit = config.words if config.tokens is None else None
     return _words(_Pending(tokenizer, start), tokens, limit, config.stop)
 
@@ -296,9 +328,9 @@ def _start(tokenizer: Tokenizer, prompt: str) -> list[int]:
 class _Pending:
     """The new text that has not been given out yet, decoded from as few tokens as can be."""
 
-    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
+    def __init__(self, tokenizer: Reader, before: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.ids = before[-_TAIL:]
+        self.ids = list(before[-_TAIL:])
         self.given = len(tokenizer.decode(self.ids))
         self.text = ""
         self.tokens = 0

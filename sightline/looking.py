@@ -187,7 +187,11 @@ def translation(
 
 def _room(models: Sequence[Decoder], tokens: int | None, write: int) -> int:
     """How many tokens of the text are read."""
-    context = min(model.config.context for model in models)
+    return room(min(model.config.context for model in models), tokens, write)
+
+
+def room(context: int, tokens: int | None, write: int) -> int:
+    """How many tokens of a text are read into a context; raises ValueError for more than it holds."""
     most = context - write
     if not 0 <= write < context:
         raise ValueError(f"--write must be from 0 to {context - 1}, for a context of {context} tokens; got {write}")
@@ -197,8 +201,13 @@ def _room(models: Sequence[Decoder], tokens: int | None, write: int) -> int:
 
 
 def _look(seen: Capture, tokenizer: Tokenizer, start: float, goal: int | None = None) -> Look:
-    unknown = sum(token == tokenizer.unknown for token in seen.ids)
-    said = f"{unknown:,} of them are <unk>: {tokenizer.kind} that the model's vocabulary lacks" if unknown else ""
+    return looked(seen, start, unknown=tokenizer.unknown, kind=tokenizer.kind, goal=goal)
+
+
+def looked(seen: Capture, start: float, *, unknown: int | None, kind: str, goal: int | None = None) -> Look:
+    """A capture that was begun at `start`; `unknown` is the id of the tokens of a `kind` that the model lacks."""
+    count = sum(token == unknown for token in seen.ids)
+    said = f"{count:,} of them are <unk>: {kind} that the model's vocabulary lacks" if count else ""
     seconds = time.perf_counter() - start
     return Look(capture=seen, seconds=seconds, peak_bytes=peak_bytes(), unknown=said, goal=goal)
 

@@ -44,12 +44,14 @@ def machine_bytes(device: torch.device) -> int | None:
 def shown(size: float) -> str:
     """Bytes as a person reads them.
 
-    >>> shown(1_240_000_000), shown(56_000_000), shown(1200)
-    ('1.2 GB', '56 MB', '0.0 MB')
+    >>> shown(1_240_000_000), shown(56_000_000), shown(310_000), shown(1200)
+    ('1.2 GB', '56 MB', '0.3 MB', '1,200 bytes')
     """
     if size >= 1e9:
         return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e6:.1f} MB"
+    if size >= 1e6:
+        return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:,.0f} bytes"
 
 
 def _status(name: str) -> int:

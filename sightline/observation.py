@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sightline.kernels import cpu, tiled
 from sightline.masks import Mask, Tile
+from sightline.memory import shown
 
 LIMIT_BYTES = 2 * 1024**3
 """A larger window of weights is refused unless asked for with `limit_bytes=`."""
@@ -95,8 +96,8 @@ class Observation:
         size = torch.Size(shape).numel() * logsumexp.element_size()
         if size > limit_bytes:
             raise ValueError(
-                f"weights: {' x '.join(map(str, shape))} weights take {size / 1e9:.1f} GB, more than the limit of "
-                f"{limit_bytes / 1e9:.1f} GB; ask for a window, weights(queries=slice(0, 64), keys=slice(0, 256)), "
+                f"weights: {' x '.join(map(str, shape))} weights take {shown(size)}, more than the limit of "
+                f"{shown(limit_bytes)}; ask for a window, weights(queries=slice(0, 64), keys=slice(0, 256)), "
                 "or raise limit_bytes"
             )
         allowed, bias = self.mask.tile(

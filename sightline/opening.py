@@ -11,6 +11,8 @@ from sightline.checkpoints import load
 from sightline.corpora import Corpus, Errors, open_corpus
 from sightline.downloads import DOWNLOADS, cache_folder, download
 from sightline.encoder_decoder import EncoderDecoder
+from sightline.huggingface.folders import is_foreign
+from sightline.models import Decoder
 from sightline.terminal import note
 
 
@@ -19,7 +21,15 @@ def open_model(folder: Path, *kinds: type) -> Any:
 
     Raises: ValueError for a model of other kinds, or without a tokenizer, or as `load`.
     """
-    model = load(folder)
+    try:
+        model = load(folder)
+    except ValueError as error:
+        if not folder.exists() or not is_foreign(folder):
+            raise
+        takes = "a run of sightline train --task translate"
+        if Decoder in kinds:
+            takes = "a run or a Decoder's folder; generate and look take any causal language model of transformers"
+        raise ValueError(f"{error}; this command takes {takes}") from error
     if not isinstance(model, kinds):
         words = ("an encoder-decoder", "translate") if isinstance(model, EncoderDecoder) else ("a decoder", "generate")
         raise ValueError(f"{folder} holds {words[0]}, which this command does not take: try sightline {words[1]}")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from sightline.beams import DecodeConfig
 from sightline.checking.checks import CheckConfig
@@ -64,6 +65,28 @@ class Checking(CheckConfig):
     """What is expected of the code, and how much time and memory it gets."""
 
     def __post_init__(self) -> None: ...
+
+
+def _layers(values: list[str]) -> tuple[int, ...] | None:
+    numbers = [number for value in values for number in value.split(",")]
+    if numbers == ["None"]:
+        return None
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"not whole numbers: {' '.join(values)!r}")
+    return tuple(map(int, numbers))
+
+
+Layers = Annotated[
+    tuple[int, ...] | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT,INT|None",
+        instance_from_str=_layers,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: ["None"] if value is None else [",".join(map(str, value))],
+    ),
+]
+"""Numbers of layers: 0,2 as the heads of --heads stand, or 0 2."""
 
 
 def given(options: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _KINDS = {
     "INT": "a whole number",
     "FLOAT": "a number",
     "FLOAT FLOAT": "two numbers",
-    "{[INT [INT ...]]}": "whole numbers",
+    "INT,INT": "whole numbers such as 0,2",
     "{[FLOAT [FLOAT ...]]}": "numbers",
 }
 """What the parser calls the values of an option, in words."""
@@ -71,7 +71,7 @@ def _line(box: str, prog: str) -> str:
         choices = ", ".join(sorted(re.findall(r"'(.*?)'", found[3])))
         return f"expected one of {choices} for {found[2]}, got {found[1]!r}"
     if found := re.match(r"Error parsing (\S+): .*?(?:from \[(.*?)\]\.|: ('.*'))", said):
-        return f"expected {_kinds(rows)} for {found[1]}, got {(found[2] or found[3]).replace(',', '')}"
+        return f"expected {_kinds(rows)} for {found[1]}, got {found[3] or found[2].replace(', ', ' ')}"
     if found := re.match(r"Unrecognized options: ([^,]*)", said):
         if not found[1].startswith("-"):
             return f"there is no place for {found[1]!r}: put a text or a name of several words in quotes"

@@ -36,6 +36,13 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2ForCausalLM", "Qwen2Config",
         SMALL | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        SMALL | {
+            "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", WIDE),
     "gemma2": (
         "Gemma2ForCausalLM", "Gemma2Config",

@@ -55,6 +55,7 @@ ROWS = [
     {"sequences"},
     {"store", "bridges"},
     {"captures"},
+    {"huggingface.opening"},
     {"huggingface.formats"},
     {"checkpoints"},
     {"encoder_decoder"},

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sightline.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from sightline.generation import ContextWarning, SampleConfig, generate, probabilities, sample_tokens
 from sightline.models import Decoder, DecoderConfig, Positions
 from sightline.tokenizers import Tokenizer
@@ -415,6 +416,16 @@ def test_a_real_model_writes_the_same_with_and_without_the_cache(kind, prompt):
     pieces = list(generate(model, prompt, config))
     assert pieces == list(generate(model, prompt, config, use_cache=False))
     assert len(pieces) == 3
+
+
+@pytest.mark.parametrize("write", [generate, sample_tokens])
+def test_a_model_of_another_kind_is_told_what_writes_with_it(write):
+    translator = EncoderDecoder(EncoderDecoderConfig(vocabulary=9, d_model=32, num_layers=1))
+    for model in (torch.nn.Linear(2, 2), translator):
+        with pytest.raises(
+            ValueError, match=rf"{write.__name__}: expected a Decoder, got {type(model).__name__}: sl.t"
+        ):
+            list(write(model, "a"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from families import DECODERS, FAMILIES, PAIRS, build, inputs  # noqa: E402 (after the skip)
+from families import DECODERS, FAMILIES, PAIRS, PICTURE, build, inputs  # noqa: E402 (after the skip)
 
 import sightline as sl  # noqa: E402
 from sightline.huggingface.interface import NAME, WATCHERS  # noqa: E402
@@ -18,7 +18,7 @@ sl.huggingface.enable()
 NEAR = 1e-4
 FEW = ("llama", "gemma2", "llama4")
 MODERN = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 0)
-SINCE_5 = {"bert", "roberta", "t5"}
+SINCE_5 = {"bert", "roberta", "t5", "qwen2_moe"}
 
 
 def some(families):
@@ -208,6 +208,24 @@ def test_a_model_without_the_interface_is_refused_when_it_is_made(family):
         model.set_attn_implementation(NAME)
 
 
+def test_a_model_with_its_own_table_of_attentions_is_refused_when_it_is_made():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GitConfig(vocab_size=20, vision_config=PICTURE | {"image_size": 12, "patch_size": 4}, **sizes)
+    with pytest.raises(ValueError, match="of Git does not go through"):
+        transformers.GitForCausalLM._from_config(config, attn_implementation=NAME)
+    model = transformers.GitForCausalLM._from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match="of GitForCausalLM does not go through"):
+        model.set_attn_implementation(NAME)
+    # What looks nothing up in that table runs as before.
+    picture = transformers.GitVisionConfig(**PICTURE, image_size=12, patch_size=4)
+    pixels = torch.randn(1, 3, 12, 12)
+    torch.manual_seed(0)
+    eager = transformers.GitVisionModel._from_config(picture, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    ours = transformers.GitVisionModel._from_config(picture, attn_implementation=NAME).eval()
+    assert torch.allclose(answer(ours, pixel_values=pixels), answer(eager, pixel_values=pixels), atol=NEAR)
+
+
 @pytest.mark.parametrize("argument", ["block_indices", "indices", "head_mask", "surprise"])
 def test_what_may_change_scores_is_refused_by_name(argument):
     with pytest.raises(ValueError, match=f"LlamaAttention passes '{argument}'"):
@@ -247,6 +265,23 @@ def test_a_pattern_that_is_not_known_is_asked_for_each_pair_up_to_a_size():
     sizes = {"q_length": 5000, "q_offset": 0} if MODERN else {"cache_position": torch.arange(5000)}
     with pytest.raises(ValueError, match="5000 x 5000 pairs are too many"):
         recipe_mask(batch_size=1, kv_length=5000, mask_function=lambda b, h, query, key: query == key, **sizes)
+
+
+@pytest.mark.skipif(not MODERN, reason="its attention goes through the interface from 5.0")
+def test_a_window_of_no_key_that_no_layer_has_changes_nothing():
+    given = inputs("qwen2_moe")
+    for mask in (None, padded(given["input_ids"], "left")):
+        eager, ours = (answer(build("qwen2_moe", name), **given, attention_mask=mask) for name in ("eager", NAME))
+        real = slice(None) if mask is None else mask.bool()
+        assert torch.allclose(ours[real], eager[real], atol=NEAR)
+
+
+def test_a_window_of_no_key_sees_none():
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    sizes = {"q_length": 5, "q_offset": 0} if MODERN else {"cache_position": torch.arange(5)}
+    recipe = recipe_mask(batch_size=1, kv_length=5, mask_function=sliding_window_causal_mask_function(0), **sizes)
+    assert not recipe.mask.dense(5, 5).allowed.any()
 
 
 @pytest.mark.slow

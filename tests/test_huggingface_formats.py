@@ -249,6 +249,29 @@ def test_a_token_that_ends_a_text_ends_it_here(transformers, tmp_path):
     assert there.generate(given, max_new_tokens=8, do_sample=False, pad_token_id=0).shape[1] == given.shape[1] + 1
 
 
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_the_pipeline_takes_a_batch_with_a_token_to_pad(transformers, tmp_path, kind):
+    folder = sl.save(tmp_path / "m", ours(kind=kind), format="huggingface")
+    pipeline = transformers.pipeline("text-generation", model=str(folder))
+    pipeline.tokenizer.pad_token_id = 0
+    texts, options = ["the", "the cat sat", "on"], {"max_new_tokens": 6, "do_sample": False}
+    together = pipeline(texts, batch_size=3, **options)
+    assert together == [pipeline(text, **options) for text in texts]
+
+
+def test_a_token_that_ends_a_text_pads_in_their_batches(transformers, tmp_path):
+    backend = sentence_pieces()
+    size = backend.get_vocab_size()
+    model = bold(sl.Decoder(sl.DecoderConfig.modern(vocabulary=size, context=32, d_model=32, num_layers=1)))
+    model.tokenizer = sl.Tokenizer(backend, size=size, ends=[2])
+    folder = sl.save(tmp_path / "ended", model, format="huggingface")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(["the cat", "the"], padding=True)
+    assert given["input_ids"][1][0] == 2 and given["attention_mask"][1][0] == 0
+    again = sl.load(folder)
+    assert again.tokenizer is not None and again.tokenizer.ends == {2}
+
+
 def test_a_foreign_tokenizer_stays_in_our_own_format(tmp_path):
     backend = sentence_pieces()
     size = backend.get_vocab_size() + 3

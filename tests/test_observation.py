@@ -164,7 +164,9 @@ def test_a_fact_that_was_switched_off_says_how_to_switch_it_on():
 def test_a_matrix_beyond_the_limit_says_its_size_and_the_way_out():
     x = torch.zeros(1, 8, 32768, 1)
     seen = observe(x[:, :, :1], x, x, top=0, received=False, map_block=0)
-    with pytest.raises(ValueError, match=r"1 x 8 x 1 x 32768 weights take 0.0 GB.*ask for a window"):
+    with pytest.raises(
+        ValueError, match=r"1 x 8 x 1 x 32768 weights take 1 MB, more than .* 1,000 bytes; ask for a window"
+    ):
         seen.weights(limit_bytes=1000)
     assert seen.weights(keys=slice(5, 9)).shape == (1, 8, 1, 4)
     with pytest.raises(ValueError, match="keys must be a slice without a step"):

@@ -19,7 +19,10 @@ MISTAKES = {
     "doctor --json": "there is no option --json: sightline doctor --help lists those there are",
     "generate --model m It was": "there is no place for 'was': put a text or a name of several words in quotes",
     "generate --model m --words many": "expected a whole number for --words, got 'many'",
-    "look --layers a": "expected whole numbers or None for --layers, got 'a'",
+    "look --layers a": "expected whole numbers such as 0,2 or None for --layers, got 'a'",
+    "look --layers 0,x 2": "expected whole numbers such as 0,2 or None for --layers, got '0,x 2'",
+    "look --layers 0,": "expected whole numbers such as 0,2 or None for --layers, got '0,'",
+    "train x --out y --steps 0,2": "expected a whole number or recipe or None for --steps, got '0,2'",
 }
 
 
@@ -34,6 +37,13 @@ def test_a_mistake_is_one_line(line, capsys):
         call(line)
     assert str(caught.value) == MISTAKES[line]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("0,2", (0, 2)), ("0 2", (0, 2)), ("3", (3,)), ("0,1 2", (0, 1, 2)), ("None", None)]
+)
+def test_layers_stand_with_commas_or_without(given, expected):
+    assert call(f"look --layers {given} --tokens 3").keywords["layers"] == expected
 
 
 def test_an_option_left_out_is_the_recipes_and_none_is_a_value():

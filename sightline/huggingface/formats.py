@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sightline.files import read_json, read_tensors, write_json
+from sightline.files import expect_file, read_json, read_tensors, write_json
 from sightline.huggingface import families
 from sightline.huggingface.settings import read_settings, write_settings
 from sightline.models import Decoder
@@ -37,10 +37,12 @@ def write_huggingface(folder: Path, model: Decoder) -> None:
     description: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.context,
+        "padding_side": "left",  # where a text that is to be written on is padded
         "clean_up_tokenization_spaces": False,
     }
     if ends:
-        description["eos_token"] = model.tokenizer.pieces(ends[:1])[0]
+        # It pads too: a batch of texts needs some token for that, and an end is left out of what is shown anyway.
+        description["eos_token"] = description["pad_token"] = model.tokenizer.pieces(ends[:1])[0]
     write_json(folder / "tokenizer_config.json", description)
 
 
@@ -81,13 +83,8 @@ def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
 def _stored(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from those that its index names."""
     index = folder / INDEX
+    expect_weights(folder)
     if (folder / WEIGHTS).exists() or not index.exists():
-        pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
-        if pickled is not None and not (folder / WEIGHTS).exists():
-            raise ValueError(
-                f"expected {folder / WEIGHTS}, got {pickled}: a pickled file can run any program when it is opened, "
-                "so it is refused; save the model again with transformers' save_pretrained"
-            )
         return read_tensors(folder / WEIGHTS)
     places = read_index(index)
     tensors: dict[str, Tensor] = {}
@@ -97,6 +94,21 @@ def _stored(folder: Path) -> dict[str, Tensor]:
         if name not in tensors:
             raise ValueError(f"expected {folder / places[name]} to hold the tensor {name}, but it is missing")
     return tensors
+
+
+def expect_weights(folder: Path) -> None:
+    """Raises: ValueError for weights that are pickled, or not there."""
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        for name in dict.fromkeys(read_index(folder / INDEX).values()):
+            expect_file(folder / name)
+        return
+    pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
+    if pickled is not None and not (folder / WEIGHTS).exists():
+        raise ValueError(
+            f"expected {folder / WEIGHTS}, got {pickled}: a pickled file can run any program when it is opened, "
+            "so it is refused; save the model again with transformers' save_pretrained"
+        )
+    expect_file(folder / WEIGHTS)
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ A model whose attention goes through transformers' `AttentionInterface` then run
 where somebody looks. Needs transformers 4.56 or newer.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from sightline.observation import Observation
 NAME = "sightline"
 """Names that hold flash, sdpa, flex_attention or a slash mean something to transformers."""
 OLDEST = (4, 56)
+TABLE = "ATTENTION_CLASSES"
+"""How the names end of the tables of classes that some models take their attention from, past the interface."""
 
 HARMLESS = {
     "sliding_window",  # the mask says it, and eager attention reads it there
@@ -121,17 +124,37 @@ def _checked(method: Callable) -> Callable:
 
     @wraps(method)
     def checked(self: Any, attn_implementation: Any, *arguments: Any, **options: Any) -> Any:
-        if attn_implementation == NAME and not self._can_set_attn_implementation():
-            raise ValueError(
-                f"attn_implementation 'sightline': the attention of {type(self).__name__} does not go through "
-                "transformers' AttentionInterface, so nothing else can take its place; use 'eager' for this model"
-            )
+        if attn_implementation == NAME:
+            tables = _tables(type(self))
+            classes = tuple(kind for table in tables for kind in table.values() if isinstance(kind, type))
+            if not self._can_set_attn_implementation() or any(isinstance(part, classes) for part in self.modules()):
+                raise _without_interface(type(self).__name__)
+            for table in tables:  # of a model that is made now: its layers look theirs up after this
+                table.setdefault(NAME, _refuse_class)
         if attn_implementation == NAME and _listen not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_listen, with_kwargs=True)
             self.register_forward_hook(_forget, with_kwargs=True, always_call=True)
         return method(self, attn_implementation, *arguments, **options)
 
     return checked
+
+
+def _tables(model: type) -> list[dict[str, Any]]:
+    """Tables from the name of an attention to its class, in the modules that a model's class comes from."""
+    sources = [vars(sys.modules[kind.__module__]) for kind in model.__mro__ if kind.__module__ in sys.modules]
+    found = {id(value): value for names in sources for name, value in names.items() if name.endswith(TABLE)}
+    return [value for value in found.values() if isinstance(value, dict)]
+
+
+def _refuse_class(config: Any, *_: Any, **__: Any) -> None:
+    raise _without_interface(type(config).__name__.removesuffix("Config"))
+
+
+def _without_interface(name: str) -> ValueError:
+    return ValueError(
+        f"attn_implementation 'sightline': the attention of {name} does not go through transformers' "
+        "AttentionInterface, so nothing else can take its place; use 'eager' for this model"
+    )
 
 
 @uncompiled

@@ -103,7 +103,8 @@ def recipe_mask(
     else:
         if mask.segments is not None:
             mask = replace(mask, segments=mask.segments[:, :keys])
-        mask = mask & _existing(attention_mask, slice(kv_offset, kv_offset + keys))
+        existing = _existing(attention_mask, slice(kv_offset, kv_offset + keys))
+        mask = (mask if existing.allowed is None else mask.to(existing.allowed.device)) & existing
     return Recipe.of(mask, batch=batch_size, queries=queries, keys=keys, first_query=first_query, first_key=kv_offset)
 
 
@@ -138,6 +139,8 @@ def _known(function: Callable, *, first_key: int, keys: int, positions: Tensor |
     if maker == "all":
         return Mask()
     if maker == "window":
+        if said["sliding_window"] < 1:  # no key; qwen2_moe makes such a mask where no layer slides
+            return Mask(allowed=torch.zeros(1, 1, 1, 1, dtype=torch.bool))
         return Window(before=said["sliding_window"] - 1, after=None)
     if maker == "both sides":
         return Window(before=said["sliding_window"], after=said["sliding_window"])
