@@ -27,6 +27,9 @@ PAIR = {
 }  # fmt: skip
 ALTERNATE = ["sliding_attention", "full_attention"]
 
+SINCE_5 = {"bert", "roberta", "t5", "qwen2_moe"}
+"""Families whose attention goes through the interface from transformers 5.0 on."""
+
 # Family -> what makes the model, its config's class, and the config's options.
 DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SMALL),

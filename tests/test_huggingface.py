@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from families import DECODERS, FAMILIES, PAIRS, PICTURE, build, inputs  # noqa: E402 (after the skip)
+from families import DECODERS, FAMILIES, PAIRS, PICTURE, SINCE_5, build, inputs  # noqa: E402 (after the skip)
 
 import sightline as sl  # noqa: E402
 from sightline.huggingface.interface import NAME, WATCHERS  # noqa: E402
@@ -18,7 +18,6 @@ sl.huggingface.enable()
 NEAR = 1e-4
 FEW = ("llama", "gemma2", "llama4")
 MODERN = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 0)
-SINCE_5 = {"bert", "roberta", "t5", "qwen2_moe"}
 
 
 def some(families):

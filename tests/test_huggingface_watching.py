@@ -15,6 +15,7 @@ from families import (  # noqa: E402 (after the skip)
     FAMILIES,
     PAIRS,
     PICTURE,
+    SINCE_5,
     SMALL,
     WIDE,
     build,
@@ -29,7 +30,6 @@ transformers.logging.set_verbosity_error()
 sl.huggingface.enable()
 
 MODERN = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 0)
-SINCE_5 = {"bert", "roberta", "t5"}
 FEW = ("gemma2", "llama4")
 LEFT = torch.tensor([[0] * 5 + [1] * 9, [1] * 14])
 
