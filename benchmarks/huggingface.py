@@ -3,6 +3,7 @@
 python benchmarks/huggingface.py [--rounds 9] [--save] [--quick]
 """
 
+import functools
 import json
 import statistics
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import Report, arguments, peak_bytes
 
 import sightline as sl
+from sightline.huggingface import interface
 from sightline.kernels import cpu
 from sightline.memory import held_bytes, shown
 
@@ -54,8 +57,8 @@ def build(dtype: str) -> Any:
 def forward(model: Any, side: str, length: int) -> Callable[[], object]:
     """What is measured: one forward pass, and what it tells kept until it is over."""
     ids = torch.randint(SHAPE["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
-    model.set_attn_implementation("sightline" if side == "watched" else side)
-    told = {"output_attentions": True} if side == "eager" else {}
+    model.set_attn_implementation("sightline" if side in ("watched", "row facts") else side)
+    told = {"output_attentions": True} if side in ("eager", "row facts") else {}
 
     def run() -> object:
         with torch.no_grad():
@@ -66,7 +69,11 @@ def forward(model: Any, side: str, length: int) -> Callable[[], object]:
             run()
         return seen
 
-    return watched if side == "watched" else run
+    def row_facts() -> object:
+        with mock.patch.object(interface, "observe", functools.partial(interface.observe, received=False)):
+            return run()
+
+    return {"watched": watched, "row facts": row_facts}.get(side, run)
 
 
 def nothing(module: Any, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -165,7 +172,8 @@ def main() -> None:
         f"{SHAPE['num_attention_heads']} heads over {SHAPE['num_key_value_heads']} groups, width {SHAPE['head_dim']}, "
         f"vocabulary {SHAPE['vocab_size']}; transformers {transformers.__version__}. One forward pass, no padding. "
         "sightline: attn_implementation='sightline'; watched: the same inside `sl.huggingface.watch`, every layer and "
-        f"head; eager: with output_attentions=True. Medians of {rounds} rounds in turn; ratios are first / second, "
+        "head, everything that can be seen; row facts: what each query saw, by output_attentions=True; eager: with "
+        f"output_attentions=True. Medians of {rounds} rounds in turn; ratios are first / second, "
         "within a round: median, least and greatest. Memory is of a process of its own, the middle one of three: the "
         "most it held, and what of that the pass added to the libraries and weights."
     )
@@ -173,7 +181,8 @@ def main() -> None:
     for dtype, goal in (("float32", "1.3x as fast"), ("bfloat16", "2x as fast")):
         compare(report, dtype, ("sdpa", "sightline"), length, rounds, goal)
     for dtype in DTYPES:
-        compare(report, dtype, ("sightline", "watched"), length, rounds, "at least 0.80x, memory at least 0.83x")
+        for side in ("row facts", "watched"):
+            compare(report, dtype, ("sightline", side), length, rounds, "at least 0.80x, memory at least 0.83x")
     compare(report, "float32", ("eager", "watched"), eager_length, rounds, "4x as fast, 20x less memory")
     report.say("")
     for dtype in DTYPES:
