@@ -48,7 +48,7 @@ def _serves(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """On the CPU, of torch's own kinds, every number in a place of its own."""
+    """On the CPU, of torch's own kinds, neither sparse nor of another layout."""
     return type(tensor) in _KINDS and tensor.is_cpu and tensor.layout is torch.strided
 
 
